@@ -1,0 +1,1 @@
+"""The site model and everything that is computed from it. Never imports Pulumi."""
