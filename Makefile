@@ -1,0 +1,47 @@
+# The two that a newcomer needs: `make rehearsal` and `make test`. `make help` lists the rest.
+STACK ?= prod
+PYTHON := .venv/bin/python
+REHEARSAL := $(PYTHON) -m rehearsal
+
+.DEFAULT_GOAL := help
+.PHONY: help rehearsal contract test fast lint preview status verify down bootstrap
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/.ready: pyproject.toml uv.lock tools/environment
+	@tools/environment
+
+rehearsal: .venv/.ready ## bring STACK (prod) up in a sealed network on this machine and run the quick checks
+	$(REHEARSAL) up --stack $(STACK)
+	$(REHEARSAL) verify --quick
+
+contract: .venv/.ready ## every check of the mail contract, the disruptive ones too
+	$(REHEARSAL) up --stack $(STACK)
+	$(REHEARSAL) verify --all
+
+test: lint ## everything that CI runs
+	$(PYTHON) -m pytest tests
+
+fast: lint ## the tests that need neither root nor an engine
+	$(PYTHON) -m pytest tests/unit tests/graph
+
+lint: .venv/.ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+preview: .venv/.ready ## what would change in the rehearsal, file by file, line by line
+	$(REHEARSAL) preview
+
+status: .venv/.ready ## what of the rehearsal runs
+	$(REHEARSAL) status
+
+verify: .venv/.ready ## the checks that suit a live platform: make verify STACK=prod
+	$(PYTHON) -m verify --stack $(STACK) --live
+
+bootstrap: ## print the script that makes an existing machine ready for the platform
+	@cat agent/bootstrap.sh
+
+down: .venv/.ready ## stop the rehearsal and remove everything but the cache
+	$(REHEARSAL) down
