@@ -1,0 +1,179 @@
+"""What there is in the outside world: its names, its addresses and how each mail server behaves.
+
+Addresses come from the benchmarking prefixes 198.18.0.0/15 (RFC 2544) and 2001:2::/48 (RFC 5180):
+nobody uses them on the internet, and, unlike the documentation prefixes, a resolver asks the
+network for their reverse names (Unbound answers for 192.0.2.0/24 and its like by itself).
+The root servers alone have their real addresses, so that hosts keep the root hints of Debian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv6Address, ip_network
+
+from mailsite.model import IPAddress, Platform
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An IPv4 and an IPv6 address of one thing."""
+
+    ipv4: IPv4Address
+    ipv6: IPv6Address
+
+    def __iter__(self) -> Iterator[IPAddress]:
+        yield self.ipv4
+        yield self.ipv6
+
+
+def _pair(ipv4: str, ipv6: str) -> Pair:
+    return Pair(IPv4Address(ipv4), IPv6Address(ipv6))
+
+
+class Mode(StrEnum):
+    """What a mail server does with a mail. It can be changed at any time."""
+
+    ACCEPT = "accept"
+    DEFER = "defer"
+    """451 to every recipient."""
+    REFUSE = "refuse"
+    """550 to every recipient."""
+    DOWN = "down"
+    """Nothing listens: the connection is refused."""
+    WRONG_CERTIFICATE = "wrong-certificate"
+    """Accepts, but its certificate is for another name and has another key."""
+
+
+class Tls(StrEnum):
+    """Where a mail server's certificate comes from."""
+
+    NONE = "none"
+    AUTHORITY = "authority"
+    DANE = "dane"
+    """Self-signed; a TLSA record vouches for it (RFC 7672)."""
+
+
+@dataclass(frozen=True)
+class Mx:
+    """A mail server of the outside and the mail domain that it serves."""
+
+    name: str
+    addresses: Pair
+    mode: Mode = Mode.ACCEPT
+    tls: Tls = Tls.AUTHORITY
+    strict: bool = False
+    """Refuses what does not pass SPF, DKIM and DMARC; the others only write down the results."""
+
+    @property
+    def domain(self) -> str:
+        return f"{self.name}.example"
+
+    @property
+    def host(self) -> str:
+        return f"mx.{self.domain}"
+
+
+def _mx(
+    name: str,
+    number: int,
+    mode: Mode = Mode.ACCEPT,
+    tls: Tls = Tls.AUTHORITY,
+    *,
+    strict: bool = False,
+) -> Mx:
+    return Mx(name, _pair(f"198.18.25.{number}", f"2001:2:0:25::{number}"), mode, tls, strict)
+
+
+MAIL_SERVERS = {
+    mx.name: mx
+    for mx in (
+        _mx("strict", 11, strict=True),
+        _mx("flaky", 12, Mode.DEFER),
+        _mx("refusing", 13, Mode.REFUSE),
+        _mx("plain", 14, tls=Tls.NONE),
+        _mx("home", 15),
+        _mx("dane", 16, tls=Tls.DANE),
+        _mx("generic", 17),
+    )
+}
+"""``home`` is the operator's old server: it takes the mail of the site's own domains."""
+
+HOME = MAIL_SERVERS["home"]
+
+ROOT_SERVERS = {
+    "a": _pair("198.41.0.4", "2001:503:ba3e::2:30"),
+    "b": _pair("170.247.170.2", "2801:1b8:10::b"),
+    "c": _pair("192.33.4.12", "2001:500:2::c"),
+    "d": _pair("199.7.91.13", "2001:500:2d::d"),
+    "e": _pair("192.203.230.10", "2001:500:a8::e"),
+    "f": _pair("192.5.5.241", "2001:500:2f::f"),
+    "g": _pair("192.112.36.4", "2001:500:12::d0d"),
+    "h": _pair("198.97.190.53", "2001:500:1::53"),
+    "i": _pair("192.36.148.17", "2001:7fe::53"),
+    "j": _pair("192.58.128.30", "2001:503:c27::2:30"),
+    "k": _pair("193.0.14.129", "2001:7fd::1"),
+    "l": _pair("199.7.83.42", "2001:500:9f::42"),
+    "m": _pair("202.12.27.33", "2001:dc3::35"),
+}
+
+NAME_SERVERS = {
+    "ada.dns.example": _pair("198.18.53.1", "2001:2:0:53::1"),
+    "bob.dns.example": _pair("198.18.53.2", "2001:2:0:53::2"),
+}
+"""Serve every zone but the root."""
+
+RESOLVER = _pair("198.18.53.53", "2001:2:0:53::53")
+"""The resolver that people on the internet get from their provider. It validates."""
+
+MIRROR = _pair("198.18.80.1", "2001:2:0:80::1")
+MIRROR_NAMES = ("deb.debian.org", "security.debian.org")
+
+LEG = _pair("192.0.2.2", "2001:db8:ffff::2")
+"""The world's own leg towards the platform's routers; DNS updates and transfers go there."""
+LEG_PREFIXES = (24, 64)
+GATEWAY = _pair("192.0.2.1", "2001:db8:ffff::1")
+
+BOGUS_DOMAIN = "bogus.example"
+"""Signed, but the parent vouches for another key: must not resolve for a validating resolver."""
+UNSIGNED_DOMAIN = "unsigned.example"
+
+
+def service_addresses() -> tuple[IPAddress, ...]:
+    """Every address that the world's machine answers on, but for its leg."""
+    pairs = (
+        *ROOT_SERVERS.values(),
+        *NAME_SERVERS.values(),
+        RESOLVER,
+        MIRROR,
+        *(mx.addresses for mx in MAIL_SERVERS.values()),
+    )
+    return tuple(address for pair in pairs for address in pair)
+
+
+def name_server_addresses() -> tuple[IPAddress, ...]:
+    """The addresses that the authoritative server answers on."""
+    pairs = (LEG, *ROOT_SERVERS.values(), *NAME_SERVERS.values())
+    return tuple(address for pair in pairs for address in pair)
+
+
+def collisions(platform: Platform) -> tuple[str, ...]:
+    """Addresses of the world that lie in a network of the platform, as text for an error."""
+    networks = [
+        (f"network {name}", prefix)
+        for name, network in platform.networks.items()
+        for prefix in (network.ipv4.prefix, network.ipv6.prefix)
+    ]
+    networks += [
+        (f"egress {name}", ip_network(address))
+        for name, egress in platform.egress.items()
+        for address in (egress.ipv4, egress.ipv6)
+    ]
+    networks += [("a management network", prefix) for prefix in platform.management.networks]
+    return tuple(
+        f"{address} (of the rehearsal's outside world) lies in {what} {prefix}"
+        for address in (*service_addresses(), *LEG, *GATEWAY)
+        for what, prefix in networks
+        if address.version == prefix.version and address in prefix
+    )
