@@ -10,6 +10,8 @@ lower-case, without a trailing dot.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
 from collections.abc import Iterator
 from enum import StrEnum
@@ -18,10 +20,13 @@ from ipaddress import (
     IPv4Network,
     IPv6Address,
     IPv6Network,
+    ip_address,
+    ip_interface,
+    ip_network,
 )
 from typing import Annotated, Self, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 
 IPAddress: TypeAlias = IPv4Address | IPv6Address
 IPNetwork: TypeAlias = IPv4Network | IPv6Network
@@ -56,10 +61,134 @@ def _email(value: str) -> str:
     return value
 
 
+def _text(value: object, wanted: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text; write {wanted}")
+    return value
+
+
+def _address(value: object) -> IPAddress:
+    """Accept an IPv4 or IPv6 address without prefix length or zone."""
+    if isinstance(value, IPv4Address | IPv6Address):
+        return value
+    text = _text(value, "an address such as '192.0.2.1' in quotes")
+    if "/" in text:
+        bare = text.partition("/")[0]
+        raise ValueError(f"{text!r} has a prefix length; write the address alone: '{bare}'")
+    if "%" in text:
+        raise ValueError(f"{text!r} has a zone; write a global address, without '%'")
+    try:
+        return ip_address(text)
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is no IP address; write one like '192.0.2.1' or '2001:db8::1'"
+        ) from None
+
+
+def _address4(value: object) -> IPv4Address:
+    address = _address(value)
+    if not isinstance(address, IPv4Address):
+        raise ValueError(f"'{address}' is an IPv6 address; write an IPv4 one here")
+    return address
+
+
+def _address6(value: object) -> IPv6Address:
+    address = _address(value)
+    if not isinstance(address, IPv6Address):
+        raise ValueError(f"'{address}' is an IPv4 address; write an IPv6 one here")
+    return address
+
+
+def _prefix(value: object) -> IPNetwork:
+    """Accept a prefix in CIDR notation: length given, no host bits set (RFC 4632, section 3.1)."""
+    if isinstance(value, IPv4Network | IPv6Network):
+        return value
+    text = _text(value, "a prefix such as '192.0.2.0/24'")
+    _, slash, length = text.partition("/")
+    if not slash:
+        raise ValueError(f"{text!r} lacks a prefix length; write one like '{text}/24'")
+    if not length.isascii() or not length.isdigit():
+        raise ValueError(f"{text!r} is no prefix; write its length as a number, like '/24'")
+    try:
+        enclosing = ip_interface(text).network
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is no IP prefix; write one like '192.0.2.0/24' or '2001:db8::/64'"
+        ) from None
+    try:
+        return ip_network(text)
+    except ValueError:
+        raise ValueError(
+            f"{text!r} has bits set behind its prefix length; write '{enclosing}'"
+        ) from None
+
+
+def _prefix4(value: object) -> IPv4Network:
+    prefix = _prefix(value)
+    if not isinstance(prefix, IPv4Network):
+        raise ValueError(f"'{prefix}' is an IPv6 prefix; write an IPv4 one here")
+    return prefix
+
+
+def _prefix6(value: object) -> IPv6Network:
+    prefix = _prefix(value)
+    if not isinstance(prefix, IPv6Network):
+        raise ValueError(f"'{prefix}' is an IPv4 prefix; write an IPv6 one here")
+    return prefix
+
+
+def _https(value: str) -> str:
+    if not re.fullmatch(r"https://[a-z0-9.-]+(/[!-~]*)?", value):
+        raise ValueError(f"{value!r} is no web page; write one like 'https://www.example.org/'")
+    return value
+
+
+def _libvirt_uri(value: str) -> str:
+    """Accept a connection URI of libvirt's QEMU driver (https://libvirt.org/uri.html)."""
+    if not re.fullmatch(r"qemu(\+[a-z0-9]+)?://[^\s/]*/system(\?\S*)?", value):
+        raise ValueError(
+            f"{value!r} is no libvirt URI; write one like 'qemu+ssh://root@hv.example.org/system'"
+        )
+    return value
+
+
+def _ssh_public_key(value: str) -> str:
+    """Accept ``<type> <base64>`` as in known_hosts, without host name and comment."""
+    remedy = "write it like 'ssh-ed25519 AAAA...', the output of 'ssh-keyscan -t ed25519 HOST'"
+    kind, _, encoded = value.partition(" ")
+    try:
+        blob = base64.b64decode(encoded, validate=True)
+    except binascii.Error:
+        raise ValueError(f"{value!r} is no ssh public key; {remedy}") from None
+    name = kind.encode()
+    if not blob.startswith(len(name).to_bytes(4, "big") + name) or len(blob) < len(name) + 32:
+        raise ValueError(f"{value!r} is no ssh public key; {remedy}")
+    if kind == "ssh-ed25519" and len(blob) != 51:
+        raise ValueError(f"{value!r} is cut short or too long; {remedy}")
+    return value
+
+
+def _password_hash(value: str) -> str:
+    if not re.fullmatch(r"\{[A-Z0-9][A-Z0-9.-]*\}[!-9;-~]+", value):
+        raise ValueError(
+            "this is no Dovecot password hash; write the output of 'doveadm pw -s BLF-CRYPT'"
+        )
+    return value
+
+
 Fqdn = Annotated[str, AfterValidator(_fqdn)]
 Slug = Annotated[str, AfterValidator(_slug)]
 EmailAddress = Annotated[str, AfterValidator(_email)]
 Ttl = Annotated[int, Field(ge=60, le=86400)]
+HttpsUrl = Annotated[str, AfterValidator(_https)]
+LibvirtUri = Annotated[str, AfterValidator(_libvirt_uri)]
+SshPublicKey = Annotated[str, AfterValidator(_ssh_public_key)]
+PasswordHash = Annotated[str, AfterValidator(_password_hash)]
+Address4 = Annotated[IPv4Address, PlainValidator(_address4)]
+Address6 = Annotated[IPv6Address, PlainValidator(_address6)]
+Prefix = Annotated[IPNetwork, PlainValidator(_prefix)]
+Prefix4 = Annotated[IPv4Network, PlainValidator(_prefix4)]
+Prefix6 = Annotated[IPv6Network, PlainValidator(_prefix6)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -108,13 +237,13 @@ class NetworkKind(StrEnum):
 
 
 class Subnet4(Frozen):
-    prefix: IPv4Network
-    gateway: IPv4Address
+    prefix: Prefix4
+    gateway: Address4
 
 
 class Subnet6(Frozen):
-    prefix: IPv6Network
-    gateway: IPv6Address
+    prefix: Prefix6
+    gateway: Address6
 
 
 class Network(Frozen):
@@ -137,7 +266,7 @@ class Hypervisor(Frozen):
     """A libvirt host that carries our VMs. ``uri`` is libvirt's connection URI."""
 
     site: Slug
-    uri: str
+    uri: LibvirtUri
     pool: Slug = "default"
     image: str = Field(description="URL or path of the Debian cloud image, qcow2")
 
@@ -146,8 +275,8 @@ class Egress(Frozen):
     """A gateway that site-local hosts reach the internet through (source NAT)."""
 
     site: Slug
-    ipv4: IPv4Address
-    ipv6: IPv6Address
+    ipv4: Address4
+    ipv6: Address6
 
 
 class VmSize(Frozen):
@@ -164,8 +293,8 @@ class Interface(Frozen):
     """A host's leg in a network. Prefix lengths and gateways come from the network."""
 
     network: Slug
-    ipv4: IPv4Address
-    ipv6: IPv6Address
+    ipv4: Address4
+    ipv6: Address6
 
 
 class Host(Frozen):
@@ -181,7 +310,9 @@ class Host(Frozen):
     interfaces: tuple[Interface, ...] = Field(min_length=1)
     vm: VmSize | None = None
     base: Base = Base.OPERATOR
-    ssh_host_key: str | None = Field(default=None, description="existing machines: pinned public key")
+    ssh_host_key: SshPublicKey | None = Field(
+        default=None, description="existing machines: pinned public key"
+    )
     login: Slug = "deploy"
 
     @property
@@ -258,8 +389,10 @@ class SaslUser(Frozen):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
     description: str
     suspended: bool = False
-    password_hash: str | None = Field(
-        default=None, description="Dovecot {SCHEME} hash; None: generated in the graph"
+    password_hash: PasswordHash | None = Field(
+        default=None,
+        repr=False,
+        description="Dovecot {SCHEME} hash; None: generated in the graph",
     )
 
 
@@ -277,8 +410,8 @@ class ServiceNames(Frozen):
 class SpfBlocks(Frozen):
     """What the shared SPF records allow, in order of publication."""
 
-    ipv4: tuple[IPv4Network, ...]
-    ipv6: tuple[IPv6Network, ...]
+    ipv4: tuple[Prefix4, ...]
+    ipv6: tuple[Prefix6, ...]
     all: str = Field(default="~all", pattern=r"^[~?+-]all$")
 
 
@@ -301,7 +434,25 @@ class Outbound(Frozen):
 class Management(Frozen):
     """Who may reach ssh: the networks of the operators."""
 
-    networks: tuple[IPv4Network | IPv6Network, ...] = Field(min_length=1)
+    networks: tuple[Prefix, ...] = Field(min_length=1)
+
+
+class SiteLocal(Frozen):
+    """The address space of all site-local networks together, unreachable from the internet.
+
+    Hosts that also have a public leg route these prefixes through their site-local one, and
+    the gateways do not translate traffic within them.
+    """
+
+    ipv4: Prefix4
+    ipv6: Prefix6
+
+
+class Route(Frozen):
+    """A static route of a host: ``prefix`` is reached through ``gateway``."""
+
+    prefix: Prefix
+    gateway: Annotated[IPAddress, PlainValidator(_address)]
 
 
 class World(Frozen):
@@ -313,6 +464,13 @@ class World(Frozen):
     ca_certificates: tuple[str, ...] = Field(
         default=(), description="PEM of CAs that hosts trust beside Debian's"
     )
+    resolvers: tuple[Annotated[IPAddress, PlainValidator(_address)], ...] = Field(
+        default=(IPv4Address("9.9.9.9"), IPv6Address("2620:fe::fe")),
+        description="what a new VM asks until its own Unbound is installed",
+    )
+    ssh_host_keys: dict[Fqdn, SshPublicKey] = Field(
+        default={}, description="existing machines: keys to expect instead of the pinned ones"
+    )
 
 
 class Platform(Frozen):
@@ -321,12 +479,15 @@ class Platform(Frozen):
     name: Slug
     domain: Fqdn
     internal_domain: Fqdn
-    home_page: str
+    home_page: HttpsUrl
     names: ServiceNames
     spf: SpfBlocks
     dmarc: Dmarc = Dmarc()
     outbound: Outbound
     management: Management
+    site_local: SiteLocal | None = Field(
+        default=None, description="None: the platform has no site-local networks"
+    )
     sites: dict[Slug, Site]
     networks: dict[Slug, Network]
     egress: dict[Fqdn, Egress] = {}
@@ -345,13 +506,32 @@ class Platform(Frozen):
 
     def leg(self, host: Host, kind: NetworkKind) -> Interface | None:
         """The host's first interface in a network of ``kind``."""
-        return next(
-            (i for i in host.interfaces if self.networks[i.network].kind is kind), None
-        )
+        return next((i for i in host.interfaces if self.networks[i.network].kind is kind), None)
 
     def internal_leg(self, host: Host) -> Interface:
         """Where other hosts of the platform reach ``host``: site-local if it has a leg there."""
         return self.leg(host, NetworkKind.SITE_LOCAL) or host.interfaces[0]
+
+    def routes(self, host: Host, interface: Interface) -> tuple[Route, ...]:
+        """Static routes that ``host`` needs through ``interface``.
+
+        The first interface carries the default routes. A later one in a site-local network
+        carries the routes to all other site-local networks, the operators' among them.
+        """
+        network = self.networks[interface.network]
+        if interface == host.interfaces[0]:
+            prefixes: tuple[IPNetwork, IPNetwork] = (
+                IPv4Network("0.0.0.0/0"),
+                IPv6Network("::/0"),
+            )
+        elif network.kind is NetworkKind.SITE_LOCAL and self.site_local is not None:
+            prefixes = (self.site_local.ipv4, self.site_local.ipv6)
+        else:
+            return ()
+        return (
+            Route(prefix=prefixes[0], gateway=network.ipv4.gateway),
+            Route(prefix=prefixes[1], gateway=network.ipv6.gateway),
+        )
 
     def addresses_of(self, role: Role) -> Iterator[IPAddress]:
         """Every address of every member of ``role``, both families."""
