@@ -87,9 +87,7 @@ class Zone:
         """
         lines = [self.soa.record(self.name), *self._name_servers()]
         for child in self.children:
-            lines += (
-                Record(child, "NS", f"{server}.", 3600) for server in plan.NAME_SERVERS
-            )
+            lines += (Record(child, "NS", f"{server}.", 3600) for server in plan.NAME_SERVERS)
             lines += (Record(child, "DS", data, 3600) for data in ds.get(child, ()))
         return "".join(f"{line}\n" for line in (*lines, *self.records))
 
@@ -169,9 +167,7 @@ def reverse_zone(address: IPAddress) -> str:
 
 def _operator_zones(platform: Platform, more: Iterable[str]) -> Iterator[Zone]:
     for name in operator_zone_names(platform, more):
-        yield Zone(
-            name, records=foreign_records(platform, name), dynamic=True, soa=PROVIDER_SOA
-        )
+        yield Zone(name, records=foreign_records(platform, name), dynamic=True, soa=PROVIDER_SOA)
 
 
 def _carrier_zones(platform: Platform, more: Iterable[str]) -> Iterator[Zone]:
