@@ -348,14 +348,8 @@ def show(location: Location) -> str:
     return text
 
 
-def closest(wrong: str, known: Iterable[str]) -> str:
-    """The remedy for a misspelt word: the nearest known one, or all of them."""
-    names = [str(k) for k in known]
-    near = difflib.get_close_matches(wrong.lower(), names, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean '{near[0]}'?"
-    return f"known are: {', '.join(names)}" if names else "remove it"
-
+#: Units by the ending of the key.
+_UNITS = {"mib": " (MiB)", "gib": " (GiB)", "limit": " (bytes)"}
 
 _WANTED = {
     "int_type": "a whole number, without quotes",
@@ -392,7 +386,7 @@ def _explain(root: type[BaseModel], error: Mapping[str, Any]) -> tuple[Location,
         return location, "", f"'{last}' is missing{where}", f"write a line '{last}: ...' there"
     if kind == "extra_forbidden":
         parent = show(location[:-1])
-        remedy = closest(str(last), _keys_at(root, location[:-1]))
+        remedy = rules.closest(str(last), _keys_at(root, location[:-1]))
         return location, str(last), f"unknown key '{last}' in {parent}", remedy
     if kind == "enum":
         wanted = _type_at(root, location)
@@ -416,7 +410,8 @@ def _explain(root: type[BaseModel], error: Mapping[str, Any]) -> tuple[Location,
             (context["ge"], "small") if kind == "greater_than_equal" else (context["le"], "large")
         )
         at = "at least" if word == "small" else "at most"
-        return location, shown, f"{here}: {shown} is too {word}", f"write {at} {bound}"
+        unit = _UNITS.get(str(last).rpartition("_")[2], "")
+        return location, shown, f"{here}: {shown} is too {word}", f"write {at} {bound}{unit}"
     if kind == "too_short":
         return location, "", f"{here} is empty", "list at least one entry"
     if kind == "string_pattern_mismatch":
@@ -486,7 +481,10 @@ def load_site(folder: Path, world: Path | None = None) -> LoadedSite:
     source = Source(reader.places)
     for finding in rules.check(platform, incomplete):
         file, line = source.where(*finding.location)
-        reader.fault(file, line, finding.value, finding.message, finding.remedy)
+        message = finding.message
+        if finding.other is not None:
+            message += " ({}:{})".format(*source.where(*finding.other))
+        reader.fault(file, line, finding.value, message, finding.remedy)
     if reader.problems:
         raise SiteError(sorted(set(reader.problems)))
     return LoadedSite(platform, source)
@@ -510,7 +508,7 @@ def _read_parts(reader: _Reader, folder: Path, data: dict[str, Data]) -> None:
             elif key in homes:
                 reader.fault(*where, key, f"'{key}' does not belong here", f"see {homes[key]}")
             else:
-                reader.fault(*where, key, f"unknown key '{key}'", closest(key, parts))
+                reader.fault(*where, key, f"unknown key '{key}'", rules.closest(key, parts))
 
 
 def _read_sasl_users(reader: _Reader, folder: Path, data: dict[str, Data]) -> None:
@@ -554,7 +552,7 @@ def _refuse_strangers(reader: _Reader, folder: Path) -> None:
         if path.name not in known and not _is_ignored(path):
             reader.fault(
                 _display(path), 0, path.name, "unknown file in the site data",
-                closest(path.name, known),
+                rules.closest(path.name, known),
             )  # fmt: skip
 
 

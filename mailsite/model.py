@@ -284,9 +284,9 @@ class VmSize(Frozen):
 
     hypervisor: Slug
     cpus: int = Field(ge=1, le=128)
-    memory_mib: int = Field(ge=512)
-    root_gib: int = Field(ge=4)
-    data_gib: int = Field(ge=1)
+    memory_mib: int = Field(ge=512, le=4 * 1024 * 1024)
+    root_gib: int = Field(ge=4, le=64 * 1024)
+    data_gib: int = Field(ge=1, le=64 * 1024)
 
 
 class Interface(Frozen):
