@@ -1,0 +1,256 @@
+"""smtp-out: submission with authentication, DKIM signing, delivery to the internet.
+
+Two listeners: 587 for our own networks, without a proxy in front, and 10587 for the frontends
+alone, which speak the PROXY protocol, so that limits and logs see the real client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import ip_network
+
+from mailsite.fragment import (
+    Check,
+    CommandHealth,
+    Fragment,
+    MapBuild,
+    PortRule,
+    SecretFile,
+    Service,
+    TcpHealth,
+    UnitHealth,
+    templated,
+)
+from mailsite.loader import Problem, SiteError
+from mailsite.model import Host, IPNetwork, MailDomain, Platform, Role, TlsLevel
+from mailsite.roles.base import internal_clients
+from mailsite.roles.postfix import QUEUE, QUEUE_UNITS, queue_files, queue_health
+from mailsite.secret_names import certificate_chain, certificate_key, dkim_key, sasl_hash
+
+ROLE = Role.SMTP_OUT.value
+SUBMISSION = 587
+PROXIED_SUBMISSION = 10587
+KEY_FOLDER = "/etc/opendkim/keys"
+ALIASES = "/etc/postfix/aliases"
+UNITS = "/etc/systemd/system"
+
+
+@dataclass(frozen=True)
+class Milter:
+    """A mail filter of Postfix. ``default_action`` is what happens to mail while it is away."""
+
+    address: str
+    default_action: str
+    connect_timeout: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Signer:
+    """A domain that OpenDKIM signs for: its name in the tables, and where its key lies."""
+
+    domain: str
+    selector: str
+    key_path: str
+    secret: str
+
+    @property
+    def key_name(self) -> str:
+        return self.domain.replace(".", "-")
+
+
+def milters() -> tuple[Milter, ...]:
+    """The filters that submitted mail passes, in this order."""
+    return (
+        Milter(
+            address="inet:127.0.0.1:8891",
+            default_action="tempfail",
+            connect_timeout=5,
+            why="OpenDKIM signs; without it nothing may leave",
+        ),
+    )
+
+
+def signers(platform: Platform) -> tuple[Signer, ...]:
+    """Every domain that sends, with the one key that signs for it."""
+    return tuple(
+        Signer(
+            domain=domain.name,
+            selector=key.selector,
+            key_path=f"{KEY_FOLDER}/{key.selector}-{domain.name}-private",
+            secret=dkim_key(domain.name, key.selector),
+        )
+        for domain in platform.domains.values()
+        if domain.sends and (key := domain.signing_key) is not None
+    )
+
+
+def users(platform: Platform) -> tuple[str, ...]:
+    """SASL users that may log in, in alphabetical order."""
+    return tuple(sorted(u.name for u in platform.sasl_users.values() if not u.suspended))
+
+
+def proxy_sources(platform: Platform) -> tuple[IPNetwork, ...]:
+    """The frontends' internal addresses: who may speak the PROXY protocol to us."""
+    legs = [platform.internal_leg(frontend) for frontend in platform.members(Role.FRONTEND)]
+    return tuple(ip_network(a) for leg in legs for a in (leg.ipv4, leg.ipv6))
+
+
+def certificate_folder(fqdn: str) -> str:
+    return f"/etc/certs/{fqdn}"
+
+
+def fragment(platform: Platform, host: Host) -> Fragment:
+    """What makes ``host`` a member of smtp-out."""
+    problems = [*_problems(platform, host)]
+    if problems:
+        raise SiteError(problems)
+    outbound = platform.outbound
+    name = platform.names.smtp_out
+    certificate = f"{certificate_folder(name)}/combined.pem"
+    files = dict(
+        (
+            templated(
+                "smtp_out/etc/postfix/main.cf.j2",
+                name=name,
+                host=host.name,
+                internal_domain=platform.internal_domain,
+                certificate=certificate,
+                limits=outbound.limits,
+                message_size_limit=outbound.message_size_limit,
+                header_size_limit=outbound.header_size_limit,
+                tls=outbound.tls.value,
+                dane=outbound.tls is TlsLevel.DANE,
+                milters=milters(),
+                aliases=ALIASES,
+            ),
+            templated(
+                "smtp_out/etc/postfix/master.cf.j2", port=SUBMISSION, proxied=PROXIED_SUBMISSION
+            ),
+            templated("smtp_out/etc/postfix/aliases.j2", domain=platform.domain),
+            templated("smtp_out/etc/dovecot/dovecot.conf.j2"),
+            templated("smtp_out/etc/opendkim.conf.j2"),
+            templated("smtp_out/etc/opendkim/signers.j2", signers=signers(platform)),
+            templated("smtp_out/etc/opendkim/keytable.j2", signers=signers(platform)),
+            *(
+                templated(
+                    f"smtp_out{UNITS}/{unit}.service.d/mail.conf.j2", volume=host.vm is not None
+                )
+                for unit in ("postfix", "dovecot", "opendkim")
+            ),
+        )
+    )
+    chain, key = certificate_chain(name), certificate_key(name)
+    logins = {user: sasl_hash(user) for user in users(platform)}
+    secret_files = {
+        # The key is in front of its chain, in one file: a renewal switches both at once.
+        certificate: SecretFile(
+            secrets=(key, chain),
+            template="smtp_out/etc/certs/combined.pem.j2",
+            context={"key": key, "chain": chain},
+        ),
+        "/etc/dovecot/sasl-users": SecretFile(
+            secrets=tuple(logins.values()),
+            group="dovecot",
+            mode=0o640,
+            template="smtp_out/etc/dovecot/sasl-users.j2",
+            context={"logins": logins},
+        ),
+    } | {
+        signer.key_path: SecretFile(secrets=(signer.secret,), owner="opendkim", group="opendkim")
+        for signer in signers(platform)
+    }
+    return Fragment(
+        role=ROLE,
+        files=files | dict(queue_files(host)),
+        secret_files=secret_files,
+        ports=(
+            PortRule(SUBMISSION, internal_clients(platform), "submission: our own networks"),
+            PortRule(
+                PROXIED_SUBMISSION, proxy_sources(platform), "submission with PROXY: frontends"
+            ),
+        ),
+        packages=("dovecot-core", "opendkim", "postfix", "postfix-lmdb"),
+        maps=(
+            MapBuild(("postalias", f"lmdb:{ALIASES}"), source=ALIASES, output=f"{ALIASES}.lmdb"),
+        ),
+        checks=(
+            Check("postconf", ("postconf", "-n"), ("/etc/postfix/",), stderr_is_failure=True),
+            Check(
+                "postconf-master", ("postconf", "-P"), ("/etc/postfix/",), stderr_is_failure=True
+            ),
+            Check(
+                "postfix",
+                ("postfix", "check"),
+                ("/etc/postfix/", "/etc/certs/"),
+                stderr_is_failure=True,
+            ),
+            Check("dovecot", ("doveconf", "-n"), ("/etc/dovecot/",), stderr_is_failure=True),
+            Check("opendkim", ("opendkim", "-n"), ("/etc/opendkim.conf", "/etc/opendkim/")),
+        ),
+        services=(
+            Service(
+                "dovecot.service",
+                reload_on=("/etc/dovecot/",),
+                restart_on=(f"{UNITS}/dovecot.service.d/", *QUEUE_UNITS),
+                order=30,
+            ),
+            Service(
+                "opendkim.service",
+                reload_on=("/etc/opendkim/",),
+                restart_on=("/etc/opendkim.conf", f"{UNITS}/opendkim.service.d/"),
+                order=31,
+            ),
+            Service(
+                "postfix.service",
+                reload_on=("/etc/postfix/", "/etc/certs/"),
+                # A reload does not open or close listeners reliably, and the copies of the
+                # resolver's files in the chroot are made at start.
+                restart_on=(
+                    "/etc/postfix/master.cf",
+                    "/etc/resolv.conf",
+                    "/etc/hosts",
+                    f"{UNITS}/postfix.service.d/",
+                    *QUEUE_UNITS,
+                ),
+                order=40,
+            ),
+        ),
+        health=(
+            *queue_health(host),
+            UnitHealth("dovecot.service"),
+            UnitHealth("opendkim.service"),
+            TcpHealth("127.0.0.1", 8891),
+            CommandHealth(("postfix", "status")),
+            TcpHealth("127.0.0.1", SUBMISSION, expect=f"220 {name} ESMTP"),
+            TcpHealth("::1", SUBMISSION, expect=f"220 {name} ESMTP"),
+            CommandHealth(("test", "-S", f"{QUEUE}/private/auth")),
+        ),
+    )
+
+
+def _problems(platform: Platform, host: Host) -> Iterator[Problem]:
+    if not host.is_managed:
+        yield Problem(
+            file="topology.yaml",
+            line=0,
+            value=host.name,
+            message=f"{host.name} is smtp-out but stays the operator's machine, and smtp-out owns"
+            " Postfix's main configuration",
+            remedy="give it a 'vm', or write 'base: managed'",
+        )
+    if not any(_covers(d, platform.names.smtp_out) for d in platform.domains.values()):
+        yield Problem(
+            file="site.yaml",
+            line=0,
+            value=platform.names.smtp_out,
+            message=f"bounces come from MAILER-DAEMON@{platform.names.smtp_out}, which no mail"
+            " domain with a signing key covers",
+            remedy=f"add a key to 'dkim' in domains/{platform.domain}.yaml",
+        )
+
+
+def _covers(domain: MailDomain, name: str) -> bool:
+    signs = domain.sends and domain.signing_key is not None
+    return signs and (name == domain.name or name.endswith(f".{domain.name}"))

@@ -1,0 +1,28 @@
+"""Names of secrets. The graph gives each a value; hosts get those that they need."""
+
+from __future__ import annotations
+
+
+def dkim_key(domain: str, selector: str) -> str:
+    """PEM private key of ``<selector>._domainkey.<domain>``."""
+    return f"dkim/{domain}/{selector}"
+
+
+def sasl_hash(user: str) -> str:
+    """Dovecot hash of a SASL user's password, ``{SCHEME}...``."""
+    return f"sasl/{user}"
+
+
+def certificate_chain(fqdn: str) -> str:
+    """PEM certificate of a service name, followed by its intermediates."""
+    return f"certificate/{fqdn}/chain"
+
+
+def certificate_key(fqdn: str) -> str:
+    """PEM private key of the certificate of a service name."""
+    return f"certificate/{fqdn}/key"
+
+
+def ssh_host_key(host: str) -> str:
+    """OpenSSH private host key of a virtual machine; used at its first boot only."""
+    return f"ssh-host-key/{host}"

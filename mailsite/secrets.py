@@ -1,0 +1,32 @@
+"""Which secrets a host needs, and what they are called.
+
+Names are plain strings: ``dkim/<domain>/<selector>``, ``sasl/<user>``,
+``certificate/<fqdn>/chain``, ``certificate/<fqdn>/key`` and ``ssh-host-key/<host>``.
+"""
+
+from __future__ import annotations
+
+from mailsite.bundle import compose
+from mailsite.model import Host, Platform
+from mailsite.secret_names import (
+    certificate_chain,
+    certificate_key,
+    dkim_key,
+    sasl_hash,
+    ssh_host_key,
+)
+
+__all__ = [
+    "certificate_chain",
+    "certificate_key",
+    "dkim_key",
+    "required",
+    "sasl_hash",
+    "ssh_host_key",
+]
+
+
+def required(platform: Platform, host: Host) -> tuple[str, ...]:
+    """The names of all secrets in the secret bundle of ``host``, sorted, each once."""
+    wanted = compose(platform, host).secret_files.values()
+    return tuple(sorted({name for file in wanted for name in file.secrets}))
