@@ -133,10 +133,3 @@ def configuration(
             f"    dnssec-signing: {'on' if zone.signed else 'off'}",
         ]
     return "".join(f"{line}\n" for line in lines)
-
-
-def broken_ds(data: str) -> str:
-    """DS data with the digest of a key that does not exist."""
-    tag, algorithm, kind, digest = data.split()
-    flipped = digest.translate(str.maketrans("0123456789abcdefABCDEF", "fedcba9876543210543210"))
-    return f"{tag} {algorithm} {kind} {flipped}"

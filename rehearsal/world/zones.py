@@ -80,15 +80,12 @@ class Zone:
         default=tuple(f"{name}." for name in plan.NAME_SERVERS), repr=False
     )
 
-    def text(self, ds: Mapping[str, Iterable[str]]) -> str:
-        """The zone in master-file format.
-
-        :param ds: DS data (``tag algorithm digest-type digest``) of each signed child.
-        """
+    @property
+    def text(self) -> str:
+        """The zone in master-file format, without the DS records of its children."""
         lines = [self.soa.record(self.name), *self._name_servers()]
         for child in self.children:
             lines += (Record(child, "NS", f"{server}.", 3600) for server in plan.NAME_SERVERS)
-            lines += (Record(child, "DS", data, 3600) for data in ds.get(child, ()))
         return "".join(f"{line}\n" for line in (*lines, *self.records))
 
     def _name_servers(self) -> Iterator[Record]:

@@ -159,9 +159,7 @@ class MailServer:
         self._log(session, envelope, "rcpt", address, reply)
         return reply
 
-    async def handle_DATA(
-        self, server: SMTP, session: Session, envelope: Envelope
-    ) -> str:
+    async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:
         content = envelope.original_content or b""
         sender = envelope.mail_from or ""
         peer = session.peer[0] if session.peer else ""

@@ -1,0 +1,492 @@
+"""The outside world of a rehearsal: one machine that is the whole internet.
+
+It is the DNS from the root down, remote mail servers, a resolver for the people out there, and
+the package mirror. :class:`World` brings the machine up, and is the way in which checks look at
+what the outside received.
+"""
+
+from __future__ import annotations
+
+import email
+import email.policy
+import hashlib
+import http.client
+import json
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from email.message import EmailMessage
+from functools import partial
+from ipaddress import ip_address
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import dns.exception
+import dns.query
+import dns.rcode
+import dns.update
+import dns.zone
+
+from mailsite.model import IPAddress, Platform
+from rehearsal import network
+from rehearsal.ca import Authority
+from rehearsal.machine import Machine, MachineError
+from rehearsal.observer import Answer, Observer
+from rehearsal.progress import RehearsalError, wait_for
+from rehearsal.state import State, write_atomic
+from rehearsal.world import files, knot, plan, zones
+from rehearsal.world.plan import Mode
+
+NAME = "world"
+_MAC = "52:54:00:00:02:02"
+_READY_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One DKIM signature of a received message: its tags, and ``result`` (pass, fail, ...)."""
+
+    d: str
+    s: str
+    a: str
+    c: str
+    i: str
+    result: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message that a mail server of the outside received, refused ones as well.
+
+    :ivar mx: which server, see :data:`rehearsal.world.plan.MAIL_SERVERS`.
+    :ivar at: when, in seconds since the epoch.
+    :ivar peer: the address that it came from.
+    :ivar tls: protocol version and cipher; None without TLS.
+    :ivar spf: pass, fail, softfail, neutral, none, permerror or temperror.
+    :ivar dmarc: pass, fail, none, permerror or temperror.
+    :ivar dmarc_policy: what the author's domain asks for: none, quarantine, reject.
+    :ivar accepted: whether the sender was told that it arrived; ``reply`` is what it was told.
+    """
+
+    id: str
+    mx: str
+    at: float
+    peer: IPAddress
+    helo: str
+    tls: Mapping[str, str] | None
+    mail_from: str
+    rcpt_to: tuple[str, ...]
+    size: int
+    accepted: bool
+    reply: str
+    spf: str
+    spf_reason: str
+    dkim: tuple[Signature, ...]
+    dmarc: str
+    dmarc_policy: str
+    dmarc_reason: str
+    from_domain: str
+    path: Path = field(repr=False, compare=False)
+
+    @classmethod
+    def read(cls, path: Path) -> Message:
+        """The message whose JSON is at ``path``."""
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = {f.name for f in fields(cls)}
+        return cls(
+            **{
+                **{key: entry for key, entry in value.items() if key in known},
+                "peer": ip_address(value["peer"]),
+                "rcpt_to": tuple(value["rcpt_to"]),
+                "dkim": tuple(Signature(**signature) for signature in value["dkim"]),
+                "path": path.with_suffix(".eml"),
+            }
+        )
+
+    @property
+    def content(self) -> bytes:
+        """The message exactly as received."""
+        return self.path.read_bytes()
+
+    @property
+    def parsed(self) -> EmailMessage:
+        return email.message_from_bytes(self.content, policy=email.policy.default)
+
+    @property
+    def subject(self) -> str:
+        return str(self.parsed["Subject"] or "")
+
+
+@dataclass(frozen=True)
+class Event:
+    """An answer that a mail server gave: ``event`` is ``rcpt`` or ``data``."""
+
+    at: float
+    event: str
+    peer: str
+    helo: str
+    mail_from: str
+    rcpt_to: str
+    reply: str
+
+
+class World:
+    """The outside world.
+
+    :param layers: the image layers of the machine, the lowest one first.
+    :param mirror: folder with ``dists/`` and ``pool/``, served as Debian's package mirror.
+    :param zone_ids: ids of the operator's zones at the DNS provider, by zone name; zones that
+        are missing there get an id of their own.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        platform: Platform,
+        sealed: network.Network,
+        layers: Sequence[Path],
+        mirror: Path | None = None,
+        zone_ids: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._state = state
+        self._platform = platform
+        self._network = sealed
+        self._layers = tuple(layers)
+        self._mirror = mirror
+        self._folder = state.world
+        self._zone_ids = {name.rstrip("."): zone_id for name, zone_id in zone_ids.items()}
+
+    # Bringing it up -----------------------------------------------------------------------
+
+    def up(self) -> None:
+        """Start the world, or bring a running one up to date; returns when all of it answers.
+
+        Keys, the operator's zones with their changes, and received mail outlive the machine.
+        """
+        found = plan.collisions(self._platform)
+        if found:
+            raise RehearsalError("; ".join(found), "choose other addresses in topology.yaml")
+        contents = self._files()
+        machine = self._machine()
+        running = Machine.load(NAME, self._state)
+        if running is not None and running.alive() and running != machine:
+            running.stop()
+        if machine.alive():
+            changed = files.install(machine.root, contents)
+            files.restart(machine, changed)
+        else:
+            files.install(machine.mount(), contents)
+            machine.boot()
+        self._write_dns_access()
+        self._wait_ready(machine)
+
+    def down(self) -> None:
+        """Remove the machine, what it received and what was changed in the operator's zones.
+
+        Keys stay, so that the next world has the same trust anchor and certificates.
+        """
+        machine = Machine.load(NAME, self._state)
+        if machine is not None:
+            machine.destroy()
+        for name in ("mail", "run", "knot/zones", "knot/journal", "knot/timers"):
+            shutil.rmtree(self._folder / name, ignore_errors=True)
+
+    @property
+    def machine(self) -> Machine:
+        """The world's machine; :class:`MachineError` where there is none."""
+        machine = Machine.load(NAME, self._state)
+        if machine is None:
+            raise MachineError("the outside world is not up", "run: make rehearsal")
+        return machine
+
+    def _machine(self) -> Machine:
+        binds = {
+            self._state.folder("world", "knot"): files.KNOT,
+            self._state.folder("world", "mail"): files.MAIL,
+            self._state.folder("world", "run"): files.RUN,
+        }
+        if self._mirror is not None:
+            binds[self._mirror] = files.MIRROR
+        return Machine(
+            name=NAME,
+            layers=self._layers,
+            legs=((network.INET, _MAC),),
+            state=self._state,
+            binds=binds,
+        )
+
+    def _files(self) -> dict[str, str]:
+        """Every file of the machine."""
+        authority = Authority(self._state.ca)
+        dane = authority.self_signed([plan.MAIL_SERVERS["dane"].host], days=3650)
+        return files.contents(
+            zones=self._zones(),
+            key=self.update_key,
+            authority=authority,
+            dane=dane,
+            home_domains=[name.rstrip(".") for name in self.zone_names],
+            has_mirror=self._mirror is not None,
+        )
+
+    def _zones(self) -> dict[str, zones.Zone]:
+        authority = Authority(self._state.ca)
+        tlsa = {
+            mx.name: f"3 1 1 {authority.self_signed([mx.host], days=3650).public_key_sha256}"
+            for mx in plan.MAIL_SERVERS.values()
+            if mx.tls is plan.Tls.DANE
+        }
+        return zones.world_zones(self._platform, operator_zones=self._zone_ids, tlsa=tlsa)
+
+    def _write_dns_access(self) -> None:
+        """What the stand-in of the DNS provider needs, in ``world/dns.json``."""
+        key = self.update_key
+        access = {
+            "address": str(plan.LEG.ipv4),
+            "port": 53,
+            "key_name": key.name,
+            "key_algorithm": knot.ALGORITHM,
+            "key_secret": key.secret,
+            "zones": {self.zone_id(name): name.rstrip(".") for name in self.zone_names},
+        }
+        write_atomic(self._folder / "dns.json", json.dumps(access, indent=1))
+
+    def _wait_ready(self, machine: Machine) -> None:
+        missing = ""
+
+        def answers(condition: Callable[[], str]) -> bool:
+            nonlocal missing
+            if not machine.alive():
+                raise MachineError(
+                    "the outside world died while it started", f"look into {machine.console}"
+                )
+            missing = condition()
+            return not missing
+
+        for what, condition in (
+            ("validated DNS", self._dns_missing),
+            ("mail servers", self._mail_missing),
+            ("package mirror", self._mirror_missing),
+        ):
+            try:
+                wait_for(partial(answers, condition), timeout=_READY_SECONDS, what=what)
+            except MachineError:
+                raise
+            except RehearsalError as error:
+                raise RehearsalError(
+                    f"the outside world's {what} did not come up: {missing}",
+                    "look into its journal: python -m rehearsal logs world",
+                ) from error
+
+    # The parts that have to answer --------------------------------------------------------
+
+    @property
+    def _insider(self) -> Observer:
+        """Somebody who may always reach the world, to see whether it answers."""
+        return Observer.at(self._network, "operator")
+
+    def _dns_missing(self) -> str:
+        for name in (".", *self.zone_names):
+            try:
+                answer = self._insider.ask(name, "SOA", timeout=0.5)
+            except (dns.exception.DNSException, OSError) as error:
+                return f"{name} SOA: {error or type(error).__name__}"
+            if not (answer.secure and answer.records):
+                return f"{name} SOA: {answer.rcode}, not validated"
+        return ""
+
+    def _mail_missing(self) -> str:
+        modes = self._read(files.STATE_FILE).get("modes", {})
+        for mx in plan.MAIL_SERVERS.values():
+            if modes.get(mx.name) == Mode.DOWN:
+                continue
+            for address in mx.addresses:
+                try:
+                    self._insider.smtp(address, timeout=1).close()
+                except OSError as error:
+                    return f"{mx.name} ({address}): {error}"
+        return ""
+
+    def _mirror_missing(self) -> str:
+        if self._mirror is None:
+            return ""
+        for address in plan.MIRROR:
+            try:
+                status = self.fetch(address, "/debian/dists/trixie/InRelease")
+            except OSError as error:
+                return f"{address}: {error}"
+            if status != http.client.OK:
+                return f"{address}: status {status}"
+        return ""
+
+    def fetch(self, address: IPAddress, path: str, host: str = plan.MIRROR_NAMES[0]) -> int:
+        """Status of a GET request to the mirror."""
+        connection = http.client.HTTPConnection(host, timeout=5)
+        connection.sock = self._insider.connect(address, 80, timeout=5)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+    # DNS ----------------------------------------------------------------------------------
+
+    @property
+    def trust_anchors(self) -> tuple[str, ...]:
+        """DS records of the root zone, for :class:`mailsite.model.World`."""
+        path = self._folder / "knot" / "root.ds"
+        try:
+            return tuple(path.read_text(encoding="ascii").splitlines())
+        except FileNotFoundError:
+            raise MachineError("the outside world was never up", "run: make rehearsal") from None
+
+    @property
+    def update_key(self) -> knot.UpdateKey:
+        """The key for updates and transfers of the operator's zones."""
+        return knot.UpdateKey.kept(self._folder / "tsig.json")
+
+    @property
+    def zone_names(self) -> tuple[str, ...]:
+        """The operator's zones, absolute."""
+        return zones.operator_zone_names(self._platform, self._zone_ids)
+
+    def zone_id(self, zone: str) -> str:
+        """The id of an operator's zone at the DNS provider."""
+        name = zone.rstrip(".")
+        made_up = hashlib.sha256(f"zone {name}".encode()).hexdigest()[:32]
+        return self._zone_ids.get(name, made_up)
+
+    def foreign_records(self, zone: str) -> tuple[zones.Record, ...]:
+        """What an operator's zone held before the platform, and must go on to hold."""
+        return zones.foreign_records(self._platform, zone.rstrip(".") + ".")
+
+    def transfer(self, zone: str) -> dns.zone.Zone:
+        """The zone as its name server has it now (AXFR), owners relative to it."""
+        name = dns.name.from_text(zone)
+        copy = dns.zone.Zone(name)
+        query, _ = dns.xfr.make_query(copy, keyring=self.update_key.keyring)
+        with self._insider.enter():
+            dns.query.inbound_xfr(str(plan.LEG.ipv4), copy, query, timeout=10, lifetime=30)
+        return copy
+
+    def new_update(self, zone: str) -> dns.update.UpdateMessage:
+        """An empty update of an operator's zone, to be filled and given to :meth:`update`."""
+        return dns.update.UpdateMessage(zone, keyring=self.update_key.keyring)
+
+    def update(self, message: dns.update.UpdateMessage) -> None:
+        """Carry out an update; :class:`RehearsalError` where the name server refuses it."""
+        with self._insider.enter():
+            reply = dns.query.tcp(message, str(plan.LEG.ipv4), timeout=10)
+        if reply.rcode() != dns.rcode.NOERROR:
+            raise RehearsalError(
+                f"DNS update of {message.zone[0].name}: {dns.rcode.to_text(reply.rcode())}"
+            )
+
+    def ask(self, name: str, rdtype: str) -> Answer:
+        """Ask the resolver that people on the internet have."""
+        return self._insider.ask(name, rdtype)
+
+    # Mail ---------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> dict[str, str]:
+        """An address to mail to for each mail server: ``strict`` -> ``someone@strict.example``."""
+        return {
+            mx.name: f"someone@{self._platform.domain if mx is plan.HOME else mx.domain}"
+            for mx in plan.MAIL_SERVERS.values()
+        }
+
+    @property
+    def addresses(self) -> dict[str, plan.Pair]:
+        """Addresses of each mail server."""
+        return {mx.name: mx.addresses for mx in plan.MAIL_SERVERS.values()}
+
+    def messages(self, mx: str, **filters: object) -> tuple[Message, ...]:
+        """Messages that ``mx`` received, oldest first.
+
+        Each filter names an attribute of :class:`Message` and the value that it has:
+        ``messages("strict", mail_from="a@example.org", accepted=True)``.
+        """
+        folder = self._mail_folder(mx)
+        found = (Message.read(path) for path in sorted(folder.glob("[0-9]*.json")))
+        return tuple(
+            m for m in found if all(getattr(m, name) == value for name, value in filters.items())
+        )
+
+    def wait_message(
+        self,
+        mx: str,
+        predicate: Callable[[Message], bool] = lambda _: True,
+        timeout: float = 30.0,
+        count: int = 1,
+    ) -> Message:
+        """The first message at ``mx`` that ``predicate`` holds for, waited for if need be.
+
+        :param count: wait until there are so many of them.
+        """
+
+        def arrived() -> list[Message]:
+            found = [m for m in self.messages(mx) if predicate(m)]
+            return found if len(found) >= count else []
+
+        return wait_for(
+            arrived, timeout=timeout, what=f"a message at the mail server {mx} of the outside"
+        )[0]
+
+    def events(self, mx: str, since: float = 0.0) -> tuple[Event, ...]:
+        """Answers to recipients and messages that ``mx`` gave since a time, oldest first."""
+        return tuple(event for event in self._events(mx) if event.at >= since)
+
+    def _events(self, mx: str) -> Iterator[Event]:
+        path = self._mail_folder(mx) / "log.jsonl"
+        if path.exists():
+            text = path.read_text(encoding="utf-8")
+            for line in text[: text.rfind("\n") + 1].splitlines():
+                yield Event(**json.loads(line))
+
+    def forget_messages(self) -> None:
+        """Remove every message that was received so far."""
+        for mx in plan.MAIL_SERVERS:
+            for path in self._mail_folder(mx).glob("*"):
+                if stat.S_ISREG(path.lstat().st_mode):
+                    path.unlink(missing_ok=True)
+
+    def set(self, mx: str, mode: Mode | str) -> None:
+        """Change what a mail server does; returns when it does so."""
+        self._mail_folder(mx)
+        with self._state.lock("world-control"):
+            orders = self._read(files.CONTROL_FILE) or {"serial": 0, "modes": {}}
+            orders["serial"] += 1
+            orders["modes"][mx] = str(Mode(mode))
+            write_atomic(self._run_folder / files.CONTROL_FILE, json.dumps(orders))
+        wait_for(
+            lambda: self._read(files.STATE_FILE).get("serial", 0) >= orders["serial"],
+            timeout=10,
+            what=f"the mail server {mx} of the outside to change its mode to {mode}",
+        )
+
+    def reset(self) -> None:
+        """Give every mail server the mode again that it began with."""
+        for mx in plan.MAIL_SERVERS.values():
+            if self.mode(mx.name) is not mx.mode:
+                self.set(mx.name, mx.mode)
+
+    def mode(self, mx: str) -> Mode:
+        """What a mail server does at present."""
+        default = plan.MAIL_SERVERS[mx].mode
+        return Mode(self._read(files.STATE_FILE).get("modes", {}).get(mx, default))
+
+    @property
+    def _run_folder(self) -> Path:
+        return self._state.folder("world", "run")
+
+    def _read(self, name: str) -> dict[str, Any]:
+        return self._state.read_json(f"world/run/{name}")
+
+    def _mail_folder(self, mx: str) -> Path:
+        if mx not in plan.MAIL_SERVERS:
+            known = ", ".join(plan.MAIL_SERVERS)
+            raise ValueError(f"the outside has no mail server {mx!r}; there are {known}")
+        return self._folder / "mail" / mx
