@@ -24,6 +24,7 @@ KNOT = "/srv/world/knot"
 MAIL = "/srv/world/mail"
 RUN = "/srv/world/run"
 MIRROR = "/srv/world/debian"
+ANCHOR = f"{ETC}/root.ds"
 CONTROL_FILE = "control.json"
 STATE_FILE = "state.json"
 
@@ -60,7 +61,7 @@ Description=DNSSEC keys and zones of the outside world
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart=python3 {CODE}/prepare.py {ETC}/zones.json {KNOT}
+ExecStart=python3 {CODE}/prepare.py {ETC}/zones.json {KNOT} {ANCHOR}
 """
 
 _KNOT_UNIT = f"""\
@@ -257,7 +258,7 @@ server:
     do-daemonize: no
 {listen}    access-control: 0.0.0.0/0 allow
     access-control: ::/0 allow
-    trust-anchor-file: {KNOT}/root.ds
+    trust-anchor-file: {ANCHOR}
     val-log-level: 2
     # What was published a moment ago is seen at once; nobody out here remembers.
     cache-max-ttl: 1

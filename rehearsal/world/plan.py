@@ -118,6 +118,9 @@ ROOT_SERVERS = {
     "m": _pair("202.12.27.33", "2001:dc3::35"),
 }
 
+FORMER_ROOT_SERVERS = (_pair("199.9.14.201", "2001:500:200::b"),)
+"""Still in the root hints of some resolvers: the addresses that ``b`` had until 2023."""
+
 NAME_SERVERS = {
     "ada.dns.example": _pair("198.18.53.1", "2001:2:0:53::1"),
     "bob.dns.example": _pair("198.18.53.2", "2001:2:0:53::2"),
@@ -144,6 +147,7 @@ def service_addresses() -> tuple[IPAddress, ...]:
     """Every address that the world's machine answers on, but for its leg."""
     pairs = (
         *ROOT_SERVERS.values(),
+        *FORMER_ROOT_SERVERS,
         *NAME_SERVERS.values(),
         RESOLVER,
         MIRROR,
@@ -154,7 +158,7 @@ def service_addresses() -> tuple[IPAddress, ...]:
 
 def name_server_addresses() -> tuple[IPAddress, ...]:
     """The addresses that the authoritative server answers on."""
-    pairs = (LEG, *ROOT_SERVERS.values(), *NAME_SERVERS.values())
+    pairs = (LEG, *ROOT_SERVERS.values(), *FORMER_ROOT_SERVERS, *NAME_SERVERS.values())
     return tuple(address for pair in pairs for address in pair)
 
 

@@ -1,9 +1,9 @@
 """Runs on the world's machine before its name server: makes DNSSEC keys, writes zone files.
 
-``prepare.py PLAN FOLDER``: the plan is JSON, ``{"configuration": path of knot.conf, "zones":
+``prepare.py PLAN FOLDER ANCHOR``: the plan is JSON, ``{"configuration": path of knot.conf, "zones":
 {name: {"file", "text", "signed", "bogus", "dynamic", "children"}}}``. Keys are made once and
-kept below FOLDER; ``ds.json`` there says the DS data of each signed zone, and ``root.ds`` is the
-trust anchor. The zone file of a dynamic zone is written once and then belongs to the server.
+kept below FOLDER, whose ``ds.json`` says the DS data of each signed zone; the root's goes to the
+file ANCHOR too, where everybody may read it. The zone file of a dynamic zone is written once and then belongs to the server.
 
 Standard library alone: it runs under Debian's own Python.
 """
@@ -24,21 +24,27 @@ _SHA256 = "2"
 
 def main(arguments: list[str]) -> int:
     """Prepare everything; running it again changes nothing."""
-    if len(arguments) != 2:
-        print("usage: prepare.py PLAN FOLDER", file=sys.stderr)
+    if len(arguments) != 3:
+        print("usage: prepare.py PLAN FOLDER ANCHOR", file=sys.stderr)
         return 2
     plan = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     folder = Path(arguments[1])
     (folder / "zones").mkdir(parents=True, exist_ok=True)
+    give_to_server(folder)
     ds = delegation_signers(plan["zones"], plan["configuration"], folder / "ds.json")
-    write(folder / "root.ds", f". IN DS {ds['.']}\n")
+    write(Path(arguments[2]), f". IN DS {ds['.']}\n", mode=0o644)
     for name, zone in plan["zones"].items():
         path = folder / "zones" / zone["file"]
         if not (zone["dynamic"] and path.exists()):
             write(path, zone["text"] + "".join(delegations(name, plan["zones"], ds)))
+    give_to_server(folder)
+    return 0
+
+
+def give_to_server(folder: Path) -> None:
+    """Knot's programs give up root before they touch their files."""
     for path in (folder, *folder.rglob("*")):
         shutil.chown(path, "knot", "knot")
-    return 0
 
 
 def delegation_signers(
@@ -89,12 +95,12 @@ def keymgr(configuration: str, zone: str, *arguments: str) -> str:
     return done.stdout
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, text: str, mode: int = 0o600) -> None:
     """Replace a file whole, unless it is as wanted."""
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return
     new = path.with_name(f".{path.name}.new")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
     new.replace(path)
