@@ -1,0 +1,59 @@
+"""The mail platform, read from top to bottom as the path of a mail that leaves it."""
+
+from pathlib import Path
+
+import pulumi
+from pulumi_command import Provider
+
+from components import secrets as given
+from components.host import Access, ClusterArgs, Fleet
+from components.mail_dns import MailDns, MailDnsArgs, ZoneData, unpublished
+from components.nginx_streams import NginxStreams
+from components.operator import clear_errors
+from components.secrets import SecretStore, SecretStoreArgs
+from components.settings import Settings
+from components.smtp_out import SmtpOutCluster
+from components.vm import Hypervisors, HypervisorsArgs
+from mailsite.records import Stage, ptr_text, static_records
+
+# Everything that can be wrong is found here, before anything is registered or contacted.
+with clear_errors():
+    settings = Settings.load(Path(__file__).parent)
+    settings.refuse_up_unless_live()
+    platform = settings.platform()
+    static_records(platform)
+    fleet = Fleet.plan(platform)
+    given.require(fleet.secrets, settings.given)
+    if own := unpublished(platform, settings.zone_ids):
+        pulumi.log.info(f"Not in mail:zoneIds, so publish the output 'zones' of: {', '.join(own)}")
+
+# What every host needs: its secrets, a machine to run on, and a way in.
+machines = [host.name for host in fleet.machines]
+secrets = SecretStore("secrets", SecretStoreArgs(platform, settings.given, machines, fleet.secrets))
+hypervisors = Hypervisors("hypervisors", HypervisorsArgs(platform, fleet.machines))
+access = Access(Provider("ssh"), settings.deploy_public_key, settings.deploy_key)
+zone_data = ZoneData.of(platform, secrets)
+
+
+def dns(stage: Stage, after: list[pulumi.Resource]) -> MailDns:
+    return MailDns(f"dns-{stage}", MailDnsArgs(zone_data, settings.zone_ids, stage, after))
+
+
+def cluster(after: list[pulumi.Resource]) -> ClusterArgs:
+    return ClusterArgs(fleet, hypervisors.carriers, secrets, access, after)
+
+
+# Receivers can look up names, keys and policies before the first mail is signed with them.
+names = dns(Stage.HOST, after=[])
+policy = dns(Stage.POLICY, after=[])
+
+# A user submits to a frontend, which passes the stream on to smtp-out, which signs and delivers.
+frontends = NginxStreams("nginx-streams", cluster(after=names.done))
+smtp_out = SmtpOutCluster("smtp-out", cluster(after=[*names.done, *policy.done]))
+
+# The public names of the services lead somewhere only once there is somebody to answer.
+dns(Stage.SERVICE, after=[*frontends.done, *smtp_out.done])
+
+pulumi.export("zones", zone_data.text)
+pulumi.export("reverse_zones", ptr_text(platform))
+pulumi.export("sasl_passwords", pulumi.Output.secret(secrets.passwords))

@@ -1,0 +1,218 @@
+"""One host of the platform: a machine, made or found, and the configuration pushed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pulumi
+from pulumi_command import Provider, remote
+
+from components.config_push import ConfigPush, ConfigPushArgs
+from components.secrets import SecretStore
+from components.vm import Carrier, Vm, VmArgs
+from mailsite import secret_names
+from mailsite.bundle import Bundle, compose
+from mailsite.model import Host as SiteHost
+from mailsite.model import Platform, Role
+from mailsite.secrets import required
+
+#: Roles that the platform builds, in the order of precedence for hosts with several.
+TIERS = (Role.SMTP_OUT, Role.FRONTEND)
+
+_DIAL_SECONDS = 15
+
+
+def tier(host: SiteHost) -> Role | None:
+    """The role whose cluster owns ``host``: the first of its roles that is built."""
+    return next((role for role in host.roles if role in TIERS), None)
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What every host is built with, computed from site data before anything is registered."""
+
+    platform: Platform
+    bundles: Mapping[str, Bundle]
+    needed: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def plan(cls, platform: Platform) -> Fleet:
+        """Compose the bundle of every host of a built tier.
+
+        Raises:
+            mailsite.loader.SiteError: the site data does not make a configuration.
+            HostKeyError: an existing machine has no pinned ssh key.
+        """
+        hosts = [host for host in platform.hosts.values() if tier(host) is not None]
+        for host in hosts:
+            if host.vm is None:
+                pinned_key(platform, host)
+        return cls(
+            platform=platform,
+            bundles={host.name: compose(platform, host) for host in hosts},
+            needed={host.name: required(platform, host) for host in hosts},
+        )
+
+    @property
+    def hosts(self) -> tuple[SiteHost, ...]:
+        """Every host that is built, in the order of the topology file."""
+        return tuple(self.platform.hosts[name] for name in self.bundles)
+
+    @property
+    def machines(self) -> tuple[SiteHost, ...]:
+        """Those that are VMs of the platform."""
+        return tuple(host for host in self.hosts if host.vm is not None)
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Every secret that some bundle asks for."""
+        return tuple(dict.fromkeys(name for names in self.needed.values() for name in names))
+
+    def members(self, role: Role) -> tuple[SiteHost, ...]:
+        """Hosts that the cluster of ``role`` owns, in rolling order."""
+        return tuple(host for host in self.hosts if tier(host) is role)
+
+
+class HostKeyError(ValueError):
+    """An existing machine would be logged in to without knowing its ssh key."""
+
+
+def pinned_key(platform: Platform, host: SiteHost) -> str:
+    """The ssh key that an existing machine must show.
+
+    Raises:
+        HostKeyError: the site data has none.
+    """
+    key = platform.world.ssh_host_keys.get(host.name, host.ssh_host_key)
+    if key is None:
+        raise HostKeyError(
+            f"topology.yaml: {host.name} is an existing machine without ssh_host_key; write the"
+            f" output of 'ssh-keyscan -t ed25519 {host.name}', as checked on the machine itself"
+        )
+    return key
+
+
+@dataclass(frozen=True)
+class Access:
+    """How hosts are logged in to. ``private_key`` None: the ssh agent of whoever runs the engine.
+
+    The agent's socket is not named anywhere: it changes with every login, and each command
+    whose connection changes runs again.
+    """
+
+    provider: Provider
+    public_key: str
+    private_key: pulumi.Output[str] | None
+
+
+@dataclass(frozen=True)
+class HostArgs:
+    """``after`` must be done before anything that serves on this host changes."""
+
+    fleet: Fleet
+    host: SiteHost
+    carriers: Mapping[str, Carrier]
+    secrets: SecretStore
+    access: Access
+    after: Sequence[pulumi.Resource]
+
+
+class Host(pulumi.ComponentResource):
+    """A VM or an existing machine, and its configuration.
+
+    ``done`` is the resource that another host waits for to come after this one.
+    """
+
+    def __init__(
+        self, name: str, args: HostArgs, opts: pulumi.ResourceOptions | None = None
+    ) -> None:
+        super().__init__("mail:index:Host", name, {}, opts)
+        host, platform = args.host, args.fleet.platform
+        machine: pulumi.Resource | None = None
+        host_key: pulumi.Input[str]
+        if host.vm is not None:
+            secret = secret_names.ssh_host_key(host.name)
+            host_key = args.secrets.public(secret)
+            machine = Vm(
+                name,
+                VmArgs(
+                    platform=platform,
+                    host=host,
+                    carrier=args.carriers[host.vm.hypervisor],
+                    deploy_public_key=args.access.public_key,
+                    host_key=args.secrets.get(secret),
+                    host_public_key=args.secrets.public(secret),
+                    after=args.after,
+                ),
+                pulumi.ResourceOptions(parent=self),
+            ).domain
+        else:
+            host_key = pinned_key(platform, host)
+        push = ConfigPush(
+            name,
+            ConfigPushArgs(
+                platform=platform,
+                host=host,
+                bundle=args.fleet.bundles[host.name],
+                secrets={s: args.secrets.get(s) for s in args.fleet.needed[host.name]},
+                digest_key=args.secrets.digest_key,
+                connection=remote.ConnectionArgs(
+                    host=str(platform.internal_leg(host).ipv4),
+                    port=22,
+                    user=host.login,
+                    private_key=args.access.private_key,
+                    host_key=host_key,
+                    dial_error_limit=-1,
+                    per_dial_timeout=_DIAL_SECONDS,
+                ),
+                provider=args.access.provider,
+                machine=machine,
+                after=args.after,
+            ),
+            pulumi.ResourceOptions(parent=self),
+        )
+        self.done: pulumi.Resource = push.done
+        self.register_outputs({})
+
+
+@dataclass(frozen=True)
+class ClusterArgs:
+    """What the hosts of one tier are built with.
+
+    ``after`` must be done before the first of them changes.
+    """
+
+    fleet: Fleet
+    carriers: Mapping[str, Carrier]
+    secrets: SecretStore
+    access: Access
+    after: Sequence[pulumi.Resource] = ()
+
+
+def rolling(
+    parent: pulumi.Resource, members: Sequence[SiteHost], args: ClusterArgs
+) -> tuple[Host, ...]:
+    """Build ``members`` so that each changes only when the one before it is done and healthy.
+
+    The order is by ``depends_on`` alone. No Output of one member may reach another: replacing
+    the first would then take all of them down before any comes back.
+    """
+    built: list[Host] = []
+    for member in members:
+        after = [built[-1].done] if built else list(args.after)
+        built.append(
+            Host(
+                member.name,
+                HostArgs(
+                    fleet=args.fleet,
+                    host=member,
+                    carriers=args.carriers,
+                    secrets=args.secrets,
+                    access=args.access,
+                    after=after,
+                ),
+                pulumi.ResourceOptions(parent=parent),
+            )
+        )
+    return tuple(built)

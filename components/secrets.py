@@ -1,0 +1,156 @@
+"""Every secret of the platform: given by the operator, or generated once and kept in the state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pulumi
+import pulumi_random as random
+import pulumi_tls as tls
+
+from mailsite import secret_names
+from mailsite.model import Platform
+from mailsite.records import dkim_keys
+
+_PASSWORD_LENGTH = 32  # bcrypt reads 72 bytes
+
+
+class MissingSecretsError(ValueError):
+    """Secrets that only the operator can give are not in the stack's configuration."""
+
+
+@dataclass(frozen=True)
+class SecretStoreArgs:
+    """``given``: secrets by name, as secret Outputs. ``hosts``: VMs that need an ssh host key.
+
+    ``needed`` are the names that some host's bundle asks for.
+    """
+
+    platform: Platform
+    given: Mapping[str, pulumi.Output[str]]
+    hosts: Iterable[str]
+    needed: Iterable[str]
+
+
+class SecretStore(pulumi.ComponentResource):
+    """DKIM keys, ssh host keys, SASL passwords and certificates, by name.
+
+    Names are those of :mod:`mailsite.secret_names`. A generated secret stays the same from run to
+    run; its password hash too, so that no push happens for a fresh salt.
+    """
+
+    def __init__(
+        self, name: str, args: SecretStoreArgs, opts: pulumi.ResourceOptions | None = None
+    ) -> None:
+        super().__init__("mail:index:SecretStore", name, {}, opts)
+        self._private: dict[str, pulumi.Output[str]] = {}
+        self._public: dict[str, pulumi.Output[str]] = {}
+        self.passwords: dict[str, pulumi.Output[str]] = {}
+        child = pulumi.ResourceOptions(parent=self)
+
+        for domain, key in dkim_keys(args.platform):
+            secret = secret_names.dkim_key(domain.name, key.selector)
+            if not self._take(args.given, secret):
+                pair = tls.PrivateKey(
+                    f"dkim-{domain.name}-{key.selector}",
+                    algorithm="RSA",
+                    rsa_bits=key.bits,
+                    opts=child,
+                )
+                self._put(secret, pair.private_key_pem, pair.public_key_pem)
+        for host in args.hosts:
+            secret = secret_names.ssh_host_key(host)
+            if not self._take(args.given, secret):
+                pair = tls.PrivateKey(f"{host}-ssh-host-key", algorithm="ED25519", opts=child)
+                self._put(secret, pair.private_key_openssh, pair.public_key_openssh)
+        for user in args.platform.sasl_users.values():
+            secret = secret_names.sasl_hash(user.name)
+            if user.password_hash is not None:
+                self._put(secret, pulumi.Output.from_input(user.password_hash))
+            elif not self._take(args.given, secret):
+                password = random.RandomPassword(
+                    f"sasl-{user.name}", length=_PASSWORD_LENGTH, special=False, opts=child
+                )
+                self._put(secret, password.bcrypt_hash.apply(lambda h: "{BLF-CRYPT}" + h))
+                self.passwords[user.name] = pulumi.Output.secret(password.result)
+        for secret in args.needed:
+            if secret not in self._private and not self._take(args.given, secret):
+                # Only previews come here, see require(): the certificate is not there yet.
+                self._put(secret, _unknown())
+        #: Makes the digests of secret bundles useless to whoever guesses at their content.
+        self.digest_key: pulumi.Output[str] = pulumi.Output.secret(
+            random.RandomPassword("digest-key", length=64, special=False, opts=child).result
+        )
+        self.register_outputs({})
+
+    def get(self, name: str) -> pulumi.Output[str]:
+        """The secret ``name``, as a secret Output.
+
+        Raises:
+            KeyError: no such secret was asked for when the store was made.
+        """
+        return self._private[name]
+
+    def public(self, name: str) -> pulumi.Output[str]:
+        """The public half of a key pair: PEM of a DKIM key, OpenSSH line of a host key."""
+        return self._public[name]
+
+    def _put(
+        self,
+        name: str,
+        private: pulumi.Output[str],
+        public: pulumi.Output[str] | None = None,
+    ) -> None:
+        self._private[name] = pulumi.Output.secret(private)
+        if public is not None:
+            self._public[name] = pulumi.Output.unsecret(public).apply(str.strip)
+
+    def _take(self, given: Mapping[str, pulumi.Output[str]], name: str) -> bool:
+        if name not in given:
+            return False
+        is_pair = name.startswith(("dkim/", "ssh-host-key/"))
+        self._put(name, given[name], given[name].apply(public_half) if is_pair else None)
+        return True
+
+
+def _unknown() -> pulumi.Output[str]:
+    value: Any = pulumi.UNKNOWN
+    return pulumi.Output.from_input(value)
+
+
+def require(needed: Iterable[str], given: Mapping[str, pulumi.Output[str]]) -> None:
+    """Make sure that the operator gave what the graph cannot generate.
+
+    A preview only warns, so that it works before the first certificate is there.
+
+    Raises:
+        MissingSecretsError: an update lacks a certificate.
+    """
+    missing = sorted(
+        name for name in set(needed) if name.startswith("certificate/") and name not in given
+    )
+    if not missing:
+        return
+    commands = []
+    for name in missing:
+        _, service, part = name.split("/")
+        path = f'mail:certificates["{service}"].{part}'
+        commands.append(f"  pulumi config set --secret --path '{path}' < {service}.{part}.pem")
+    text = "certificates are missing from the stack's configuration; run:\n" + "\n".join(commands)
+    if not pulumi.runtime.is_dry_run():
+        raise MissingSecretsError(text)
+    pulumi.log.warn(text)
+
+
+def public_half(private: str) -> str:
+    """The public key of an RSA key in PEM, or of an ssh key in OpenSSH's format."""
+    from cryptography.hazmat.primitives import serialization as form
+
+    data = private.encode()
+    if "BEGIN OPENSSH PRIVATE KEY" in private:
+        public = form.load_ssh_private_key(data, password=None).public_key()
+        return public.public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH).decode()
+    key = form.load_pem_private_key(data, password=None).public_key()
+    return key.public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo).decode()

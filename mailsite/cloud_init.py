@@ -1,0 +1,199 @@
+"""What a new virtual machine is told at its first boot, and never again.
+
+Just enough for the first push to arrive: the login and its key, the host's ssh keys, static
+addresses, the agent, the data volume. Everything else comes with the host's bundle. The
+documents are YAML in its JSON form (https://yaml.org/spec/1.2.2/, section 1.3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mailsite.model import Host, Interface, Platform
+
+AGENT = "/usr/local/sbin/mail-agent"
+DATA_LABEL = "mail-data"
+DATA_MOUNT = "/srv/mail"
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+_DATA_SCRIPT = f"""\
+#!/bin/sh
+# Mount the data volume at {DATA_MOUNT}; format it first if, and only if, it is blank.
+set -eu
+disk=/dev/vdb
+label={DATA_LABEL}
+mountpoint -q {DATA_MOUNT} && exit 0
+if [ ! -b "$disk" ]; then
+    echo "$disk is missing: attach the data volume as the second disk" >&2
+    exit 1
+fi
+found=0
+blkid -p "$disk" >/dev/null || found=$?
+if [ "$found" -eq 2 ]; then
+    # blkid says 2 for a damaged file system too: a blank volume has nothing but zeros in front.
+    if ! head -c 1048576 "$disk" | cmp -s -n 1048576 - /dev/zero; then
+        echo "$disk has content that is no file system: restore it, or wipe it by hand" >&2
+        exit 1
+    fi
+    mkfs.ext4 -q -L "$label" "$disk"
+fi
+if [ "$(blkid -p -o value -s LABEL "$disk")" != "$label" ]; then
+    echo "$disk is not labelled $label: not the data volume of this host" >&2
+    exit 1
+fi
+mkdir -p {DATA_MOUNT}
+# By label where udev knows it; a container has no udev.
+source="/dev/disk/by-label/$label"
+[ -b "$source" ] || source="$disk"
+mount -o nodev,nosuid "$source" {DATA_MOUNT}
+resize2fs "$source" >/dev/null 2>&1 || true
+"""
+
+_DATA_UNIT = f"""\
+[Unit]
+Description=Data volume of the mail platform at {DATA_MOUNT}
+DefaultDependencies=no
+After=systemd-remount-fs.service local-fs-pre.target
+Before=local-fs.target umount.target
+Conflicts=umount.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/local/sbin/mail-data
+ExecStop=umount {DATA_MOUNT}
+
+[Install]
+WantedBy=local-fs.target
+"""
+
+_RECOVER_UNIT = f"""\
+[Unit]
+Description=Complete or undo a change that the last shutdown interrupted
+DefaultDependencies=no
+Requires=local-fs.target
+After=local-fs.target
+Before=network-pre.target basic.target shutdown.target
+Wants=network-pre.target
+Conflicts=shutdown.target
+
+[Service]
+Type=oneshot
+ExecStart={AGENT} recover
+
+[Install]
+WantedBy=basic.target
+"""
+
+
+def mac_address(host: Host, interface: Interface) -> str:
+    """Address of a VM's network card: stable, local, from the host's name and the network."""
+    digest = hashlib.sha256(f"{host.name} {interface.network}".encode()).digest()
+    return ":".join(("52", "54", "00", *(f"{byte:02x}" for byte in digest[:3])))
+
+
+def agent_source() -> str:
+    """The agent as it stands in this checkout."""
+    return (_ROOT / "agent" / "mail_agent.py").read_text(encoding="utf-8")
+
+
+def user_data(host: Host, deploy_public_key: str, host_key: str, host_public_key: str) -> str:
+    """The user-data of ``host``.
+
+    ``deploy_public_key`` may log in; ``host_key`` is the host's own private key in OpenSSH's
+    format, which makes the whole text a secret.
+    """
+    return "#cloud-config\n" + _json(
+        {
+            "hostname": host.short,
+            "fqdn": host.name,
+            "prefer_fqdn_over_hostname": False,
+            "manage_etc_hosts": True,
+            "locale": False,
+            "package_update": False,
+            "disable_root": True,
+            "ssh_pwauth": False,
+            "ssh_deletekeys": True,
+            "ssh_genkeytypes": [],
+            "ssh_keys": {
+                "ed25519_private": host_key,
+                "ed25519_public": host_public_key.strip(),
+            },
+            "users": [
+                {
+                    "name": host.login,
+                    "gecos": "Mail platform deployment",
+                    "shell": "/bin/sh",
+                    "lock_passwd": True,
+                    "sudo": [f"ALL=(root) NOPASSWD: {AGENT}"],
+                    "ssh_authorized_keys": [deploy_public_key.strip()],
+                }
+            ],
+            "write_files": [
+                _file(AGENT, agent_source(), "0755"),
+                _file("/usr/local/sbin/mail-data", _DATA_SCRIPT, "0755"),
+                _file("/etc/systemd/system/mail-data.service", _DATA_UNIT, "0644"),
+                _file("/etc/systemd/system/mail-agent-recover.service", _RECOVER_UNIT, "0644"),
+            ],
+            "runcmd": [
+                ["systemctl", "daemon-reload"],
+                ["systemctl", "enable", "mail-agent-recover.service"],
+                ["systemctl", "enable", "--now", "mail-data.service"],
+            ],
+        }
+    )
+
+
+def meta_data(host: Host) -> str:
+    """The meta-data of ``host``: an instance that stays the same for its whole life."""
+    return _json({"instance-id": host.name, "local-hostname": host.short})
+
+
+def network_config(platform: Platform, host: Host) -> str:
+    """Static addresses and routes of ``host``, matched by the cards' hardware addresses.
+
+    Routes are written as prefixes, not as ``default``: cloud-init's networkd renderer refuses
+    the word. The resolvers serve until the host's own Unbound is installed.
+    """
+    return _json(
+        {
+            "version": 2,
+            "ethernets": {
+                f"leg{index}": _ethernet(platform, host, interface, first=index == 0)
+                for index, interface in enumerate(host.interfaces)
+            },
+        }
+    )
+
+
+def _ethernet(platform: Platform, host: Host, leg: Interface, *, first: bool) -> dict[str, Any]:
+    network = platform.network_of(leg)
+    settings: dict[str, Any] = {
+        "match": {"macaddress": mac_address(host, leg)},
+        "dhcp4": False,
+        "dhcp6": False,
+        "accept-ra": False,
+        "addresses": [
+            f"{leg.ipv4}/{network.ipv4.prefix.prefixlen}",
+            f"{leg.ipv6}/{network.ipv6.prefix.prefixlen}",
+        ],
+        "routes": [
+            {"to": str(route.prefix), "via": str(route.gateway)}
+            for route in platform.routes(host, leg)
+        ],
+    }
+    if first:
+        settings["nameservers"] = {"addresses": [str(a) for a in platform.world.resolvers]}
+    return settings
+
+
+def _file(path: str, content: str, mode: str) -> dict[str, str]:
+    return {"path": path, "owner": "root:root", "permissions": mode, "content": content}
+
+
+def _json(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
