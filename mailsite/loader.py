@@ -17,9 +17,9 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin
@@ -28,6 +28,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
 
 from mailsite import rules
 from mailsite.model import Platform
@@ -151,14 +152,30 @@ class _Reader:
             node = YAML(typ="safe", pure=True).compose(text)
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
+            if error.context == "while scanning a simple key":
+                mark = error.context_mark  # the line without a colon, not the one after it
             line = mark.line + 1 if mark is not None else 1
             lines = text.splitlines()
-            shown = lines[line - 1].strip() if line <= len(lines) else ""
-            self.fault(name, line, shown, *_syntax(error, shown))
+            # At the end of the file the line to blame is the last one with something on it.
+            while line > 1 and (line > len(lines) or not lines[line - 1].strip()):
+                line -= 1
+            shown = lines[line - 1].strip() if lines else ""
+            secret = any(key in shown for key in SECRET_KEYS)
+            if path.name == SASL_USERS_FILE:
+                shown = ""
+            self.fault(name, line, shown, *_syntax(error, shown, secret=secret))
             return None
-        except YAMLError as error:
+        except ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            what = f"the character {error.character!a} is not allowed in YAML"
+            self.fault(name, line, "", what, "remove it")
+            return None
+        except (YAMLError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            self.fault(name, 1, "", f"bad YAML: {reason}", "remove the characters it names")
+            self.fault(name, 1, "", f"bad YAML: {reason}", "mend the syntax")
+            return None
+        except RecursionError:
+            self.fault(name, 1, "", "nested too deeply", "remove the superfluous brackets")
             return None
         if node is None:
             self.fault(name, 1, "", "the file is empty", f"write {what} into it")
@@ -228,29 +245,38 @@ class _Reader:
     def convert_scalar(self, node: ScalarNode, file: str, at: Location) -> Data:
         text: str = node.value
         tag = str(node.tag).removeprefix(_TAG)
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            line = node.start_mark.line + 1
+            self.fault(file, line, "", "the text has half a character", "write it without '\\u'")
+            self.unreadable.add(at)
+            return None
         if tag in ("str", "timestamp", "value"):
             return text
         if tag == "null":
             return None
         if tag == "bool":
             return text.lower() == "true"
-        if tag == "int":
-            return _integer(text)
-        if tag == "float":
-            number = float(text.replace("_", ""))
-            return number if math.isfinite(number) else text
+        if tag in ("int", "float"):
+            return _number(text)
         line = node.start_mark.line + 1
-        self.fault(file, line, text, f"the YAML tag '{node.tag}' is not understood", "remove it")
+        self.fault(file, line, "", f"the YAML tag '{node.tag}' is not understood", "remove it")
         self.unreadable.add(at)
         return None
 
 
-def _integer(text: str) -> int:
+def _number(text: str) -> int | float | str:
+    """The number that ``text`` is in YAML 1.2 (core schema), or the text if it is too large."""
     digits = text.replace("_", "")
-    for prefix, base in (("0x", 16), ("0o", 8), ("0b", 2)):
-        if digits.lower().lstrip("+-").startswith(prefix):
-            return int(digits, base)
-    return int(digits, 10)
+    try:
+        for prefix, base in (("0x", 16), ("0o", 8)):
+            if digits.lower().lstrip("+-").startswith(prefix):
+                return int(digits, base)
+        if digits.lstrip("+-").isdigit():
+            return int(digits)
+        number = float(digits)
+    except ValueError:
+        return text
+    return number if math.isfinite(number) else text
 
 
 def _display(path: Path) -> str:
@@ -270,9 +296,14 @@ def _kind(node: Node) -> str:
     return f"the bare value '{node.value}'"
 
 
-def _syntax(error: MarkedYAMLError, shown: str) -> tuple[str, str]:
-    """Say what a YAML syntax error means (message, remedy)."""
+def _syntax(error: MarkedYAMLError, shown: str, *, secret: bool) -> tuple[str, str]:
+    """Say what a YAML syntax error means: message and remedy.
+
+    ``shown`` is the line to blame, empty where it may hold a secret; ``secret`` says that it does.
+    """
     problem = str(error.problem or error.context or "bad syntax")
+    if secret:
+        return f"bad YAML: {problem}", "put the value of this line in single quotes"
     excerpt = f" at '{shown}'" if shown else ""
     message = f"bad YAML{excerpt}: {problem}"
     if "\\t" in problem or "tab" in problem:
@@ -367,7 +398,7 @@ _WANTED = {
 
 def _explain(root: type[BaseModel], error: Mapping[str, Any]) -> tuple[Location, str, str, str]:
     """Return (location, offending value, message, remedy) of one pydantic error."""
-    location: Location = tuple(error["loc"])
+    location: Location = tuple(error["loc"]) or ("",)
     is_key = bool(location) and location[-1] == "[key]"
     is_name = len(location) == 3 and location[0] in NAMED and location[-1] == "name"
     if is_key or is_name:
@@ -390,12 +421,12 @@ def _explain(root: type[BaseModel], error: Mapping[str, Any]) -> tuple[Location,
         return location, str(last), f"unknown key '{last}' in {parent}", remedy
     if kind == "enum":
         wanted = _type_at(root, location)
-        names = [m.value for m in wanted] if _is_enum(wanted) else []
-        what = wanted.__name__.lower() if _is_enum(wanted) else "value"
+        names = [m.value for m in wanted]
+        what = re.sub(r"(?<!^)(?=[A-Z])", " ", wanted.__name__).lower().replace("tls", "TLS")
         options = ", ".join(names)
         near = difflib.get_close_matches(str(value), names, n=1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
-        return location, shown, f"{here}: {shown} is no {what}", f"write one of {options}{hint}"
+        return location, shown, f"{here}: '{shown}' is no {what}", f"write one of {options}{hint}"
     if value is None and kind in _WANTED:
         return location, "", f"{here} has no value", f"write {_WANTED[kind]}"
     if kind in _WANTED:
@@ -414,18 +445,7 @@ def _explain(root: type[BaseModel], error: Mapping[str, Any]) -> tuple[Location,
         return location, shown, f"{here}: {shown} is too {word}", f"write {at} {bound}{unit}"
     if kind == "too_short":
         return location, "", f"{here} is empty", "list at least one entry"
-    if kind == "string_pattern_mismatch":
-        return (
-            location,
-            shown,
-            f"{here}: '{shown}' has the wrong form",
-            f"write it to match {context['pattern']}",
-        )
     return location, shown, f"{here}: {str(error['msg']).lower()}", "mend the value"
-
-
-def _is_enum(wanted: object) -> bool:
-    return isinstance(wanted, type) and issubclass(wanted, StrEnum)
 
 
 def _yaml(value: object) -> str:
@@ -587,6 +607,8 @@ def _validate(reader: _Reader, data: dict[str, Data]) -> tuple[Platform, frozens
         bad: set[Location] = set()
         source = Source(reader.places)
         for entry in error.errors(include_url=False):
+            if entry["type"] == "too_short" and entry["input"]:
+                continue  # its items are wrong, and reported themselves
             location, value, message, remedy = _explain(Platform, entry)
             depth = 2 if location[0] in COLLECTIONS else 1
             bad.add(location[:depth])

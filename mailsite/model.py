@@ -62,6 +62,8 @@ def _email(value: str) -> str:
 
 
 def _text(value: object, wanted: str) -> str:
+    if value is None:
+        raise ValueError(f"there is no value; write {wanted}")
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is no text; write {wanted}")
     return value
@@ -176,6 +178,27 @@ def _password_hash(value: str) -> str:
     return value
 
 
+def _selector(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", value):
+        raise ValueError(f"{value!r} is no selector; use letters, digits and dashes")
+    return value
+
+
+def _login(value: str) -> str:
+    """Accept a login without a domain: Dovecot looks up the part before the @ alone."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", value):
+        raise ValueError(
+            f"{value!r} is no login; use lower-case letters, digits, dots, dashes and underscores"
+        )
+    return value
+
+
+def _spf_all(value: str) -> str:
+    if value not in ("-all", "~all", "?all", "+all"):
+        raise ValueError(f"{value!r} is no end of an SPF record; write '~all' or '-all'")
+    return value
+
+
 Fqdn = Annotated[str, AfterValidator(_fqdn)]
 Slug = Annotated[str, AfterValidator(_slug)]
 EmailAddress = Annotated[str, AfterValidator(_email)]
@@ -184,6 +207,7 @@ HttpsUrl = Annotated[str, AfterValidator(_https)]
 LibvirtUri = Annotated[str, AfterValidator(_libvirt_uri)]
 SshPublicKey = Annotated[str, AfterValidator(_ssh_public_key)]
 PasswordHash = Annotated[str, AfterValidator(_password_hash)]
+SpfAll = Annotated[str, AfterValidator(_spf_all)]
 Address4 = Annotated[IPv4Address, PlainValidator(_address4)]
 Address6 = Annotated[IPv6Address, PlainValidator(_address6)]
 Prefix = Annotated[IPNetwork, PlainValidator(_prefix)]
@@ -339,7 +363,7 @@ class DkimKey(Frozen):
     ``signing`` is true for the one key that signs; others stay published while a rotation runs.
     """
 
-    selector: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,62}$")]
+    selector: Annotated[str, AfterValidator(_selector)]
     bits: int = Field(default=2048, ge=2048, le=4096)
     signing: bool = True
 
@@ -371,7 +395,7 @@ class MailDomain(Frozen):
     retired: bool = False
     dkim: tuple[DkimKey, ...] = ()
     spf: tuple[str, ...] = ()
-    spf_all: str = Field(default="~all", pattern=r"^[~?+-]all$")
+    spf_all: SpfAll = "~all"
     dmarc: Dmarc | None = Field(default=None, description="None: the site's default")
 
     @property
@@ -386,7 +410,7 @@ class MailDomain(Frozen):
 class SaslUser(Frozen):
     """A login of the submission service: a person, or a group of servers (null clients)."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+    name: Annotated[str, AfterValidator(_login)]
     description: str
     suspended: bool = False
     password_hash: PasswordHash | None = Field(
@@ -412,7 +436,7 @@ class SpfBlocks(Frozen):
 
     ipv4: tuple[Prefix4, ...]
     ipv6: tuple[Prefix6, ...]
-    all: str = Field(default="~all", pattern=r"^[~?+-]all$")
+    all: SpfAll = "~all"
 
 
 class ClientLimits(Frozen):
