@@ -1,0 +1,454 @@
+"""Image layers: the Debian that machines run on, made once and shared by all of them.
+
+- ``base``: what Debian's cloud image brings (systemd, cloud-init, sshd, sudo, python3, ...)
+- ``mail``: on ``base``, the packages of every tier, all services disabled
+- ``world``: on ``base``, what plays the outside (:mod:`rehearsal.world`)
+- ``aptrepo``: Debian's own signed package lists, and the packages that ``mail`` has beyond
+  ``base``, so that the world can serve them to a bare host under Debian's names
+
+Layers lie in the user's cache, in folders named by a hash of what they are made from. A layer
+is built beside its place and renamed, so that what is there is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import os
+import platform as host_platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rehearsal import tools
+from rehearsal.progress import Progress, RehearsalError
+from rehearsal.state import locked
+from rehearsal.world.packages import PACKAGES as WORLD_PACKAGES
+
+ARCHIVES: Mapping[str, str] = {
+    "debian": "http://deb.debian.org/debian",
+    "debian-security": "http://deb.debian.org/debian-security",
+}
+"""Folder in ``aptrepo`` -> address that machines know it by."""
+
+SUITES: Sequence[tuple[str, str]] = (
+    ("debian", "trixie"),
+    ("debian", "trixie-updates"),
+    ("debian-security", "trixie-security"),
+)
+
+BASE_PACKAGES: Sequence[str] = (
+    "ca-certificates",
+    "cloud-init",
+    "dbus",
+    "debian-archive-keyring",
+    "e2fsprogs",
+    "iproute2",
+    "iputils-ping",
+    "libnss-myhostname",
+    "netbase",
+    "nftables",
+    "openssh-server",
+    "openssl",
+    "procps",
+    "python3",
+    "sudo",
+    "systemd",
+    "systemd-resolved",
+    "systemd-sysv",
+    "tzdata",
+)
+"""Of what Debian's cloud image has, all that somebody here relies on. ``netplan.io`` is left out:
+it matches network cards by their permanent hardware address, which a virtual one has not."""
+
+MAIL_PACKAGES: Sequence[str] = (
+    "ca-certificates",
+    "dns-root-data",
+    "dovecot-core",
+    "libnginx-mod-stream",
+    "nftables",
+    "nginx",
+    "opendkim",
+    "opendkim-tools",
+    "openssh-server",
+    "postfix",
+    "postfix-lmdb",
+    "unbound",
+)
+"""The packages of every tier; :func:`mailsite.bundle.compose` must not name another."""
+
+_KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+_LAYER_KEYRING = "/usr/share/keyrings/debian-archive-keyring.pgp"
+
+# Units that cost time at each start and that nothing here needs; not masked are those that
+# order others or let users in (systemd-user-sessions).
+_TRIMMED: Sequence[str] = (
+    "apt-daily-upgrade.timer",
+    "apt-daily.timer",
+    "console-getty.service",
+    "dev-hugepages.mount",
+    "dpkg-db-backup.timer",
+    "e2scrub_all.timer",
+    "fstrim.timer",
+    "getty.target",
+    "ldconfig.service",
+    "systemd-firstboot.service",
+    "systemd-journal-catalog-update.service",
+    "systemd-logind.service",
+    "systemd-network-generator.service",
+    "systemd-pstore.service",
+    "systemd-remount-fs.service",
+    "systemd-update-done.service",
+    "systemd-update-utmp.service",
+)
+
+_FILES: Mapping[str, str] = {
+    "etc/apt/sources.list.d/debian.sources": "\n".join(
+        f"Types: deb\nURIs: {ARCHIVES[archive]}\nSuites: {suite}\nComponents: main\n"
+        f"Signed-By: {_LAYER_KEYRING}\n"
+        for archive, suite in SUITES
+    ),
+    "etc/apt/apt.conf.d/90rehearsal": (
+        "// The package lists are as old as this image, however long ago that was.\n"
+        'Acquire::Check-Valid-Until "false";\n'
+    ),
+    # As in Debian's cloud image.
+    "etc/cloud/cloud.cfg.d/01_debian_cloud.cfg": (
+        "apt_preserve_sources_list: true\nmanage_etc_hosts: true\n"
+    ),
+    # Only ever this one; the others would be looked for on the network.
+    "etc/cloud/cloud.cfg.d/90_datasource.cfg": "datasource_list: [NoCloud, None]\n",
+    "etc/systemd/system.conf.d/90-rehearsal.conf": (
+        "# A machine that is shut down must not keep the operator waiting.\n"
+        "[Manager]\nDefaultTimeoutStopSec=10s\n"
+    ),
+}
+
+_BASE_SCRIPT = f"""\
+set -eu
+rm -f /etc/apt/sources.list /etc/hostname /etc/ssh/ssh_host_*
+: >/etc/machine-id
+ln -sf ../run/systemd/resolve/stub-resolv.conf /etc/resolv.conf
+systemctl enable systemd-networkd.service systemd-resolved.service
+systemctl disable cloud-init-hotplugd.socket sshd-keygen.service
+systemctl mask {" ".join(_TRIMMED)}
+mkdir -p /var/log/journal
+rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/log/apt /var/log/dpkg.log
+"""
+
+_INSTALL_SCRIPT = """\
+set -eu
+export DEBIAN_FRONTEND=noninteractive
+apt="apt-get -q -o Dpkg::Use-Pty=0 -o APT::Keep-Downloaded-Packages=true"
+printf '#!/bin/sh\\nexit 101\\n' >/usr/sbin/policy-rc.d
+chmod 755 /usr/sbin/policy-rc.d
+systemctl list-unit-files --no-legend --state=enabled | cut -d' ' -f1 | sort >/run/enabled
+$apt update
+$apt install --yes --no-install-recommends "$@"
+systemctl list-unit-files --no-legend --state=enabled | cut -d' ' -f1 | sort >/run/enabled.now
+new=$(comm -13 /run/enabled /run/enabled.now)
+[ -z "$new" ] || systemctl disable $new
+dpkg-query -W -f '${Package} ${Version} ${Architecture}\\n' >/run/out/packages
+# Debian's lists as they are signed: what apt keeps is packed in another way.
+echo "$ARCHIVES" | while read -r stem url suite; do
+    mkdir -p "/run/out/$stem"
+    cp "/var/lib/apt/lists/${stem}_InRelease" "/run/out/$stem/InRelease"
+    awk -v arch="$(dpkg --print-architecture)" '
+        /^Architectures: (.* )?all( |$)/ { all = 1 }
+        /^No-Support-for-Architecture-all: Packages/ { merged = 1 }
+        length($1) == 64 && ($3 == "main/binary-" arch "/Packages.xz" \
+            || $3 == "main/i18n/Translation-en.xz" \
+            || ($3 == "main/binary-all/Packages.xz" && all && !merged)) { print $1, $3 }
+    ' "/run/out/$stem/InRelease" | while read -r digest list; do
+        mkdir -p "/run/out/$stem/${list%/*}"
+        /usr/lib/apt/apt-helper -o APT::Sandbox::User=root download-file \
+            "$url/dists/$suite/${list%/*}/by-hash/SHA256/$digest" \
+            "/run/out/$stem/$list" "SHA256:$digest"
+    done
+done
+rm -rf /usr/sbin/policy-rc.d /etc/ssh/ssh_host_* /var/lib/apt/lists/* /var/cache/apt/*.bin
+rm -rf /var/log/apt /var/log/dpkg.log
+: >/etc/machine-id
+"""
+
+# What happens in namespaces of its own vanishes with them: a killed build leaves no mount.
+_NAMESPACES: Sequence[str] = ("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child")
+_CHROOT_SCRIPT = 'mount -t proc proc "$1/proc" && exec chroot "$1" sh -c "$SCRIPT"'
+_ENTER_SCRIPT = """\
+set -eu
+hostname debian
+root=$1 lower=$2 upper=$3 work=$4 debs=$5 out=$6
+shift 6
+mount -t overlay -o "lowerdir=$lower,upperdir=$upper,workdir=$work" overlay "$root"
+mount -t proc proc "$root/proc"
+mount -t tmpfs tmpfs "$root/run"
+mount -t tmpfs tmpfs "$root/tmp"
+mkdir -p "$root/run/systemd/resolve" "$root/run/out"
+cp -L /etc/resolv.conf "$root/run/systemd/resolve/stub-resolv.conf"
+mount --bind "$out" "$root/run/out"
+mkdir -p "$root/var/cache/apt/archives"
+mount --bind "$debs" "$root/var/cache/apt/archives"
+mount --bind /dev "$root/dev"
+exec chroot "$root" sh -c "$SCRIPT" sh "$@"
+"""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a build; each attribute but ``aptrepo`` is ready for ``Machine(layers=...)``.
+
+    ``aptrepo`` has a folder per archive of :data:`ARCHIVES`, each with ``dists/`` and ``pool/``:
+    serve it as the document root of ``http://deb.debian.org/``.
+    """
+
+    base: tuple[Path, ...]
+    mail: tuple[Path, ...]
+    world: tuple[Path, ...]
+    aptrepo: Path
+
+
+def ensure(progress: Progress, folder: Path | None = None) -> Layers:
+    """The image layers, built where they are missing (about two minutes for all of them).
+
+    ``folder`` is the cache, by default the user's. Raises :class:`RehearsalError` with the words
+    of the tool that failed.
+    """
+    cache = folder or tools.cache()
+    builder = _Builder(cache, progress)
+    layers = builder.layers()
+    if not builder.complete():
+        tools.ensure(progress)
+        with locked(cache / ".images", progress, "another command builds image layers"):
+            builder.build()
+    return layers
+
+
+def machine() -> str:
+    """Debian's name of this machine's architecture."""
+    known = {"x86_64": "amd64", "aarch64": "arm64"}
+    try:
+        return known[host_platform.machine()]
+    except KeyError:
+        raise RehearsalError(
+            f"no rehearsal on this architecture ({host_platform.machine()})",
+            "use an amd64 or arm64 machine",
+        ) from None
+
+
+class _Builder:
+    def __init__(self, cache: Path, progress: Progress) -> None:
+        self._cache = cache
+        self._progress = progress
+        base = (
+            machine(),
+            [list(s) for s in SUITES],
+            dict(ARCHIVES),
+            sorted(BASE_PACKAGES),
+            dict(_FILES),
+            _BASE_SCRIPT,
+        )
+        recipe = (base, _INSTALL_SCRIPT, _ENTER_SCRIPT)
+        self._base = self._place("base", base)
+        self._mail = self._place("mail", (recipe, sorted(MAIL_PACKAGES)))
+        self._world = self._place("world", (recipe, sorted(WORLD_PACKAGES)))
+        self._aptrepo = self._place("aptrepo", (recipe, sorted(MAIL_PACKAGES)))
+
+    def _place(self, name: str, inputs: object) -> Path:
+        text = json.dumps(inputs, sort_keys=True)
+        return self._cache / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def layers(self) -> Layers:
+        return Layers(
+            base=(self._base,),
+            mail=(self._base, self._mail),
+            world=(self._base, self._world),
+            aptrepo=self._aptrepo,
+        )
+
+    def complete(self) -> bool:
+        return all(p.exists() for p in (self._base, self._mail, self._world, self._aptrepo))
+
+    def build(self) -> None:
+        for left in self._cache.glob(".building-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        if not self._base.exists():
+            with (
+                self._progress.step("image layer base: Debian 13 by mmdebstrap"),
+                self._workshop() as shop,
+            ):
+                self._build_base(shop)
+        if not (self._mail.exists() and self._aptrepo.exists()):
+            what = "image layer mail: the packages of every tier"
+            with self._progress.step(what), self._workshop() as shop:
+                self._install(shop, MAIL_PACKAGES)
+                self._build_aptrepo(shop)
+                _publish(shop / "aptrepo", self._aptrepo)
+                _publish(shop / "upper", self._mail)
+        if not self._world.exists():
+            what = "image layer world: the packages of the outside"
+            with self._progress.step(what), self._workshop() as shop:
+                self._install(shop, WORLD_PACKAGES)
+                _publish(shop / "upper", self._world)
+
+    def _workshop(self) -> _Workshop:
+        return _Workshop(self._cache)
+
+    def _build_base(self, shop: Path) -> None:
+        root = shop / "base"
+        sources = [
+            f"deb [signed-by={_KEYRING}] {ARCHIVES[archive]} {suite} main"
+            for archive, suite in SUITES
+        ]
+        self._call(
+            [
+                "mmdebstrap",
+                "--quiet",
+                "--mode=root",
+                "--variant=minbase",
+                "--format=directory",
+                f"--architectures={machine()}",
+                f"--include={','.join(BASE_PACKAGES)}",
+                "trixie",
+                str(root),
+                *sources,
+            ],
+            "the Debian base cannot be installed",
+        )
+        for name, content in _FILES.items():
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+        self._call(
+            [*_NAMESPACES, "sh", "-c", _CHROOT_SCRIPT, "sh", str(root)],
+            "the Debian base cannot be set up",
+            SCRIPT=_BASE_SCRIPT,
+        )
+        _publish(root, self._base)
+
+    def _install(self, shop: Path, packages: Sequence[str]) -> None:
+        debs = self._cache / "debs"
+        for path in (debs / "partial", *(shop / n for n in ("root", "upper", "work", "out"))):
+            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        places = [shop / "root", self._base, shop / "upper", shop / "work", debs, shop / "out"]
+        self._call(
+            [*_NAMESPACES, "sh", "-c", _ENTER_SCRIPT, "sh", *map(str, places), *packages],
+            f"these packages cannot be installed: {' '.join(packages)}",
+            SCRIPT=_INSTALL_SCRIPT,
+            ARCHIVES="\n".join(f"{_stem(a, s)} {ARCHIVES[a]} {s}" for a, s in SUITES),
+        )
+
+    def _call(self, argv: Sequence[str], failure: str, **variables: str) -> None:
+        done = subprocess.run(
+            argv,
+            env=tools.environment(**variables),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode != 0:
+            said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+            raise RehearsalError(
+                f"{failure}:\n{said}",
+                "see that http://deb.debian.org/ can be reached from here, then try again",
+            )
+
+    def _build_aptrepo(self, shop: Path) -> None:
+        """Lay out Debian's lists as apt kept them, and the packages that it fetched."""
+        installed = set((shop / "out/packages").read_text(encoding="utf-8").splitlines())
+        wanted = installed - _installed(self._base)
+        missing = set(wanted)
+        for archive, suite in SUITES:
+            top = shop / "aptrepo" / archive
+            dists = top / "dists" / suite
+            dists.parent.mkdir(parents=True, exist_ok=True)
+            (shop / "out" / _stem(archive, suite)).rename(dists)
+            for target in [*dists.rglob("*.xz")]:
+                digest = hashlib.sha256(target.read_bytes()).hexdigest()
+                by_hash = target.parent / "by-hash" / "SHA256" / digest
+                by_hash.parent.mkdir(parents=True, exist_ok=True)
+                os.link(target, by_hash)
+                if target.stem == "Packages":
+                    missing -= _collect(_stanzas(target), wanted, self._cache / "debs", top)
+        if missing:
+            raise RehearsalError(
+                f"packages that no list names: {', '.join(sorted(missing))}",
+                f"remove {self._cache / 'debs'} and try again",
+            )
+
+
+class _Workshop:
+    """A folder beside the layers in which one is made; nothing of it stays."""
+
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
+
+    def __enter__(self) -> Path:
+        self._path = Path(tempfile.mkdtemp(prefix=".building-", dir=self._cache))
+        self._path.chmod(0o755)
+        return self._path
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._path, ignore_errors=True)
+
+
+def _stem(archive: str, suite: str) -> str:
+    """How apt names the files of a suite in its folder of lists."""
+    address = ARCHIVES[archive].removeprefix("http://").replace("/", "_")
+    return f"{address}_dists_{suite}"
+
+
+def _publish(built: Path, place: Path) -> None:
+    built.rename(place)
+
+
+def _installed(root: Path) -> set[str]:
+    """``package version architecture`` of what dpkg has installed below ``root``."""
+    status = root / "var/lib/dpkg/status"
+    return {
+        f"{s['Package']} {s['Version']} {s['Architecture']}"
+        for s in _parse(status.read_text(encoding="utf-8").splitlines())
+    }
+
+
+def _parse(lines: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Single-line fields of the stanzas of a Debian control file (deb-src-control(5))."""
+    stanza: dict[str, str] = {}
+    for line in lines:
+        if not line:
+            if stanza:
+                yield stanza
+            stanza = {}
+        elif line[0] not in " \t":
+            name, _, value = line.partition(":")
+            stanza[name] = value.strip()
+    if stanza:
+        yield stanza
+
+
+def _stanzas(path: Path) -> Iterator[dict[str, str]]:
+    """Stanzas of a compressed package list."""
+    return _parse(lzma.decompress(path.read_bytes()).decode().splitlines())
+
+
+def _collect(
+    stanzas: Iterator[dict[str, str]], wanted: set[str], debs: Path, top: Path
+) -> set[str]:
+    """Copy the packages of ``wanted`` that ``stanzas`` name into the pool below ``top``."""
+    found: set[str] = set()
+    for stanza in stanzas:
+        name = f"{stanza['Package']} {stanza['Version']} {stanza['Architecture']}"
+        if name not in wanted:
+            continue
+        version = stanza["Version"].replace(":", "%3a")
+        deb = debs / f"{stanza['Package']}_{version}_{stanza['Architecture']}.deb"
+        target = top / stanza["Filename"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            shutil.copyfile(deb, target)
+        found.add(name)
+    return found
