@@ -42,7 +42,14 @@ _MASKED = (
     "systemd-networkd-wait-online.service",
     "cloud-init.target",
 )
-_STARTED = ("world-addresses", "world-prepare", "world-knot", "world-unbound", "world-mx")
+_STARTED = (
+    "world-addresses",
+    "world-prepare",
+    "world-knot",
+    "world-unbound",
+    "world-mx",
+    "world-nginx",
+)
 
 _ADDRESSES_UNIT = f"""\
 [Unit]
@@ -144,7 +151,6 @@ def contents(
     authority: Authority,
     dane: Issued,
     home_domains: Sequence[str],
-    has_mirror: bool,
 ) -> dict[str, str]:
     """Every file of the machine: path -> content. A target that begins with ``->`` is a link.
 
@@ -157,9 +163,8 @@ def contents(
         "world-knot": _KNOT_UNIT,
         "world-unbound": _UNBOUND_UNIT,
         "world-mx": _MX_UNIT,
+        "world-nginx": _NGINX_UNIT,
     }
-    if has_mirror:
-        units["world-nginx"] = _NGINX_UNIT
     found = {f"{_UNITS}/{name}.service": text for name, text in units.items()}
     found |= {
         f"{_UNITS}/multi-user.target.wants/{name}.service": f"->{_UNITS}/{name}.service"
@@ -260,6 +265,8 @@ server:
     access-control: ::/0 allow
     trust-anchor-file: {ANCHOR}
     val-log-level: 2
+    # Reverse names of private and documentation addresses: the operator may publish those too.
+    unblock-lan-zones: yes
     # What was published a moment ago is seen at once; nobody out here remembers.
     cache-max-ttl: 1
     cache-max-negative-ttl: 1
@@ -286,7 +293,7 @@ http {{
     default_type application/octet-stream;
     server {{
 {listen}        server_name {" ".join(plan.MIRROR_NAMES)};
-        location /debian/ {{ alias {MIRROR}/; }}
+        root {MIRROR};
     }}
 }}
 """

@@ -3,7 +3,8 @@
 ``prepare.py PLAN FOLDER ANCHOR``: the plan is JSON, ``{"configuration": path of knot.conf, "zones":
 {name: {"file", "text", "signed", "bogus", "dynamic", "children"}}}``. Keys are made once and
 kept below FOLDER, whose ``ds.json`` says the DS data of each signed zone; the root's goes to the
-file ANCHOR too, where everybody may read it. The zone file of a dynamic zone is written once and then belongs to the server.
+file ANCHOR too, where everybody may read it. The zone file of a dynamic zone is written once and
+then belongs to the server.
 
 Standard library alone: it runs under Debian's own Python.
 """

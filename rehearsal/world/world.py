@@ -14,7 +14,7 @@ import http.client
 import json
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from email.message import EmailMessage
 from functools import partial
@@ -32,6 +32,7 @@ import dns.zone
 from mailsite.model import IPAddress, Platform
 from rehearsal import network
 from rehearsal.ca import Authority
+from rehearsal.image import Layers
 from rehearsal.machine import Machine, MachineError
 from rehearsal.observer import Answer, Observer
 from rehearsal.progress import RehearsalError, wait_for
@@ -136,8 +137,7 @@ class Event:
 class World:
     """The outside world.
 
-    :param layers: the image layers of the machine, the lowest one first.
-    :param mirror: folder with ``dists/`` and ``pool/``, served as Debian's package mirror.
+    :param layers: the machine's image layers, and what its package mirror serves.
     :param zone_ids: ids of the operator's zones at the DNS provider, by zone name; zones that
         are missing there get an id of their own.
     """
@@ -147,15 +147,13 @@ class World:
         state: State,
         platform: Platform,
         sealed: network.Network,
-        layers: Sequence[Path],
-        mirror: Path | None = None,
+        layers: Layers,
         zone_ids: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._state = state
         self._platform = platform
         self._network = sealed
-        self._layers = tuple(layers)
-        self._mirror = mirror
+        self._layers = layers
         self._folder = state.world
         self._zone_ids = {name.rstrip("."): zone_id for name, zone_id in zone_ids.items()}
 
@@ -207,12 +205,11 @@ class World:
             self._state.folder("world", "knot"): files.KNOT,
             self._state.folder("world", "mail"): files.MAIL,
             self._state.folder("world", "run"): files.RUN,
+            self._layers.aptrepo: files.MIRROR,
         }
-        if self._mirror is not None:
-            binds[self._mirror] = files.MIRROR
         return Machine(
             name=NAME,
-            layers=self._layers,
+            layers=self._layers.world,
             legs=((network.INET, _MAC),),
             state=self._state,
             binds=binds,
@@ -228,7 +225,6 @@ class World:
             authority=authority,
             dane=dane,
             home_domains=[name.rstrip(".") for name in self.zone_names],
-            has_mirror=self._mirror is not None,
         )
 
     def _zones(self) -> dict[str, zones.Zone]:
@@ -310,8 +306,6 @@ class World:
         return ""
 
     def _mirror_missing(self) -> str:
-        if self._mirror is None:
-            return ""
         for address in plan.MIRROR:
             try:
                 status = self.fetch(address, "/debian/dists/trixie/InRelease")

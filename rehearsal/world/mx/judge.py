@@ -147,9 +147,27 @@ def _signature(message: bytes, index: int) -> Signature:
     except dkim.util.InvalidTagValueList as error:
         return Signature("", "", "", "", "", "permerror", str(error))
     tags = {k.decode("ascii", "replace"): v.decode("ascii", "replace") for k, v in fields.items()}
+    problem = ""
+
+    def key(name: bytes, timeout: int = _LOOKUP_SECONDS) -> bytes | None:
+        """The key record; several at one name are no key (RFC 6376, section 3.6.2.2)."""
+        nonlocal problem
+        try:
+            texts = txt(name.decode("ascii", "replace"))
+        except TemporaryError as error:
+            raise _TemporaryKeyError(str(error)) from error
+        if len(texts) != 1:
+            problem = f"{len(texts)} key records at {name.decode('ascii', 'replace')}"
+            return None
+        return texts[0].encode()
+
     try:
-        passed = verifier.verify(idx=index, dnsfunc=_key)
-        result, reason = ("pass", "") if passed else ("fail", "signature does not verify")
+        if verifier.verify(idx=index, dnsfunc=key):
+            result, reason = "pass", ""
+        elif problem:
+            result, reason = "permerror", problem
+        else:
+            result, reason = "fail", "the signature does not verify"
     except _TemporaryKeyError as error:
         result, reason = "temperror", str(error)
     except dkim.ValidationError as error:
@@ -158,17 +176,6 @@ def _signature(message: bytes, index: int) -> Signature:
         result, reason = "permerror", str(error)
     d, s, a, c, i = (tags.get(tag, "") for tag in "dsaci")
     return Signature(d, s, a, c, i, result, reason)
-
-
-def _key(name: bytes, timeout: int = _LOOKUP_SECONDS) -> bytes | None:
-    """A key record for dkimpy; several at one name are no key (RFC 6376, section 3.6.2.2)."""
-    try:
-        texts = txt(name.decode("ascii", "replace"))
-    except TemporaryError as error:
-        raise _TemporaryKeyError(str(error)) from error
-    if len(texts) > 1:
-        raise dkim.KeyFormatError(f"{len(texts)} TXT records at {name.decode()}")
-    return texts[0].encode() if texts else None
 
 
 def txt(name: str) -> list[str]:
