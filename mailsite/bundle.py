@@ -152,21 +152,22 @@ def merge(host: str, parts: Iterable[Fragment]) -> Bundle:
     """Put the fragments of one host together.
 
     Raises:
-        SiteError: two fragments claim one path.
+        SiteError: two fragments claim one path or one port.
     """
     parts = tuple(parts)
     owners: dict[str, str] = {}
     problems = []
     for part in parts:
-        for path in (*part.files, *part.secret_files):
-            other = owners.setdefault(path, part.role)
+        ports = (f"port {port.port}/{port.protocol}" for port in part.ports)
+        for claim in (*part.files, *part.secret_files, *ports):
+            other = owners.setdefault(claim, part.role)
             if other != part.role:
                 problems.append(
                     Problem(
                         file="topology.yaml",
                         line=0,
                         value=host,
-                        message=f"{host}: the roles {other} and {part.role} both claim {path}",
+                        message=f"{host}: the roles {other} and {part.role} both claim {claim}",
                         remedy="give the two roles to different hosts",
                     )
                 )

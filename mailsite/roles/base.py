@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Network, collapse_addresses, ip_network
+from ipaddress import IPv6Network, collapse_addresses, ip_network
 from pathlib import Path
 
 from mailsite.fragment import (
@@ -63,7 +63,9 @@ def _managed(platform: Platform, host: Host, ports: Sequence[PortRule]) -> Fragm
                 pointers=pointers(platform),
                 trust_anchors=platform.world.trust_anchors,
             ),
+            templated("base/etc/default/unbound.j2"),
             templated("base/etc/systemd/system/unbound.service.d/mail.conf.j2"),
+            templated("base/etc/systemd/system/systemd-resolved.service.d/mail.conf.j2"),
             templated("base/etc/resolv.conf.j2", internal_domain=platform.internal_domain),
             templated("base/etc/hostname.j2", short=host.short),
             templated(
@@ -97,7 +99,7 @@ def _managed(platform: Platform, host: Host, ports: Sequence[PortRule]) -> Fragm
             Service(
                 "unbound.service",
                 reload_on=("/etc/unbound/",),
-                restart_on=("/etc/systemd/system/unbound.service.d/",),
+                restart_on=("/etc/default/unbound", "/etc/systemd/system/unbound.service.d/"),
                 order=20,
             ),
             Service("ssh.service", reload_on=("/etc/ssh/",), order=90),
@@ -234,7 +236,3 @@ def _elements(sources: Sequence[IPNetwork], version: int) -> Iterator[str]:
 
 def _one_newline(text: str) -> str:
     return text.strip() + "\n"
-
-
-def is_ipv4(address: IPAddress) -> bool:
-    return isinstance(address, IPv4Address)
