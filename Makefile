@@ -40,8 +40,8 @@ status: .venv/.ready ## what of the rehearsal runs
 verify: .venv/.ready ## the checks that suit a live platform: make verify STACK=prod
 	$(PYTHON) -m verify --stack $(STACK) --live
 
-bootstrap: ## print the script that makes an existing machine ready for the platform
-	@cat agent/bootstrap.sh
+bootstrap: ## how to make an existing machine ready for the platform
+	@sh agent/bootstrap.sh --help
 
 down: .venv/.ready ## stop the rehearsal and remove everything but the cache
 	$(REHEARSAL) down
