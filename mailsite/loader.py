@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin
@@ -149,7 +150,7 @@ class _Reader:
             self.fault(name, 0, "", f"cannot be read: {reason}", "make it a readable file")
             return None
         try:
-            node = YAML(typ="safe", pure=True).compose(text)
+            node = _compose(text)
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             if error.context == "while scanning a simple key":
@@ -262,6 +263,13 @@ class _Reader:
         self.fault(file, line, "", f"the YAML tag '{node.tag}' is not understood", "remove it")
         self.unreadable.add(at)
         return None
+
+
+@lru_cache(maxsize=32)
+def _compose(text: str) -> Node | None:
+    """Parse YAML; a process that loads a platform again pays for the changed files alone."""
+    node: Node | None = YAML(typ="safe", pure=True).compose(text)
+    return node
 
 
 def _number(text: str) -> int | float | str:

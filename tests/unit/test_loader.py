@@ -24,9 +24,10 @@ BAD_SITES = Path(__file__).parent / "bad_sites"
 Case = dict[str, Any]
 
 
-def cases() -> list[Case]:
+def cases(kind: str = "*") -> list[Case]:
+    """The bad sites of one file of ``bad_sites/``, or of all."""
     yaml = YAML(typ="safe", pure=True)
-    return [case for path in sorted(BAD_SITES.glob("*.yaml")) for case in yaml.load(path)]
+    return [case for path in sorted(BAD_SITES.glob(f"{kind}.yaml")) for case in yaml.load(path)]
 
 
 CASES = cases()
@@ -57,10 +58,10 @@ def patch(folder: Path, change: Case) -> None:
 def expected_line(folder: Path, expect: Case) -> int:
     if "line" in expect:
         return int(expect["line"])
-    text = (folder / expect["file"]).read_text()
+    text: str = (folder / expect["file"]).read_text()
     if "line_of_after" in expect:
         first, then = expect["line_of_after"]
-        at = text.index(then, text.index(first))
+        at: int = text.index(then, text.index(first))
     elif "line_of_last" in expect:
         at = text.rindex(expect["line_of_last"])
     else:
@@ -206,7 +207,11 @@ def test_keys_become_names(site: Path) -> None:
 def test_an_anchor_can_be_used_twice(site: Path) -> None:
     patch(
         site,
-        {"file": "sasl_users.yaml", "replace": "description: person", "by": "description: &p person"},
+        {
+            "file": "sasl_users.yaml",
+            "replace": "description: person",
+            "by": "description: &p person",
+        },
     )
     patch(
         site,
@@ -261,7 +266,7 @@ class TestSource:
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(text=st.text(alphabet=st.sampled_from("ab:-#'\"[]{}\n \t&*!|>%@`?,\0\u2028é0"), max_size=60))
 def test_no_text_makes_the_loader_crash(text: str, site: Path) -> None:
@@ -317,7 +322,7 @@ MUTATE = _mutator()
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(file=st.sampled_from(sorted(PARTS)), choice=st.integers(0, 10_000), value=SCALARS)
 def test_no_value_makes_the_loader_crash(file: str, choice: int, value: Any, site: Path) -> None:
