@@ -7,7 +7,7 @@ another way, see :func:`compose_secrets`; the bundle names only the paths that t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mailsite.fragment import (
@@ -27,6 +27,7 @@ from mailsite.model import Host, Platform, Role
 from mailsite.roles import base, frontend, smtp_out
 
 FORMAT = 1
+UNITS = "/etc/systemd/system/"
 
 __all__ = [
     "Bundle",
@@ -175,17 +176,36 @@ def merge(host: str, parts: Iterable[Fragment]) -> Bundle:
         raise SiteError(problems)
     files = {path: file for part in parts for path, file in part.files.items()}
     secret_files = {path: file for part in parts for path, file in part.secret_files.items()}
+    services = _merge_services(service for part in parts for service in part.services)
     return Bundle(
         host=host,
         files={path: files[path] for path in sorted(files)},
         secret_files={path: secret_files[path] for path in sorted(secret_files)},
         packages=tuple(sorted({name for part in parts for name in part.packages})),
         maps=tuple(entry for part in parts for entry in part.maps),
-        checks=tuple(check for part in parts for check in part.checks),
-        services=_merge_services(service for part in parts for service in part.services),
+        checks=(*_check_units(files, services), *(c for part in parts for c in part.checks)),
+        services=services,
         health=tuple(dict.fromkeys(health for part in parts for health in part.health)),
         guarded=tuple(sorted({prefix for part in parts for prefix in part.guarded})),
     )
+
+
+def _check_units(files: Iterable[str], services: Sequence[Service]) -> Iterator[Check]:
+    """systemd's own check of the unit files and drop-ins; it only warns of what it ignores."""
+    known = {service.unit for service in services}
+    units = set()
+    for path in files:
+        if not path.startswith(UNITS):
+            continue
+        unit, slash, _ = path.removeprefix(UNITS).partition("/")
+        if not slash:
+            units.add(unit)
+        # A drop-in may be for a unit that not every image has.
+        elif unit.removesuffix(".d") in known:
+            units.add(unit.removesuffix(".d"))
+    if units:
+        command = ("systemd-analyze", "verify", "--man=no", "--recursive-errors=no")
+        yield Check("systemd", (*command, *sorted(units)), (UNITS,), stderr_is_failure=True)
 
 
 def _merge_services(services: Iterable[Service]) -> tuple[Service, ...]:

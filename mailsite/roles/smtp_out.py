@@ -34,6 +34,14 @@ PROXIED_SUBMISSION = 10587
 KEY_FOLDER = "/etc/opendkim/keys"
 ALIASES = "/etc/postfix/aliases"
 UNITS = "/etc/systemd/system"
+CHECK_DKIM = "/usr/local/lib/mail-platform/check-dkim"
+
+# OpenSSL reads the chain and finds out whether the key belongs to it.
+_LOAD_CERTIFICATE = (
+    "import ssl, sys\n"
+    "try: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(sys.argv[1])\n"
+    "except (OSError, ssl.SSLError) as error: sys.exit(f'{sys.argv[1]}: {error}')"
+)
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
             templated("smtp_out/etc/opendkim.conf.j2"),
             templated("smtp_out/etc/opendkim/signers.j2", signers=signers(platform)),
             templated("smtp_out/etc/opendkim/keytable.j2", signers=signers(platform)),
+            templated(f"smtp_out{CHECK_DKIM}.j2", mode=0o755, signers=signers(platform)),
             *(
                 templated(
                     f"smtp_out{UNITS}/{unit}.service.d/mail.conf.j2", volume=host.vm is not None
@@ -187,7 +196,13 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 stderr_is_failure=True,
             ),
             Check("dovecot", ("doveconf", "-n"), ("/etc/dovecot/",), stderr_is_failure=True),
+            Check(
+                "certificate",
+                ("python3", "-I", "-c", _LOAD_CERTIFICATE, certificate),
+                ("/etc/certs/",),
+            ),
             Check("opendkim", ("opendkim", "-n"), ("/etc/opendkim.conf", "/etc/opendkim/")),
+            Check("dkim", (CHECK_DKIM,), ("/etc/opendkim.conf", "/etc/opendkim/")),
         ),
         services=(
             Service(
