@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,8 @@ MAIL_PACKAGES: Sequence[str] = (
     "unbound",
 )
 """The packages of every tier; :func:`mailsite.bundle.compose` must not name another."""
+
+_GO_PACKAGES: Sequence[str] = ("gcc", "golang-go", "libc6-dev")
 
 _KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _LAYER_KEYRING = "/usr/share/keyrings/debian-archive-keyring.pgp"
@@ -148,7 +151,7 @@ printf '#!/bin/sh\\nexit 101\\n' >/usr/sbin/policy-rc.d
 chmod 755 /usr/sbin/policy-rc.d
 systemctl list-unit-files --no-legend --state=enabled | cut -d' ' -f1 | sort >/run/enabled
 $apt update
-$apt install --yes --no-install-recommends "$@"
+$apt install --yes --no-install-recommends $PACKAGES
 systemctl list-unit-files --no-legend --state=enabled | cut -d' ' -f1 | sort >/run/enabled.now
 new=$(comm -13 /run/enabled /run/enabled.now)
 [ -z "$new" ] || systemctl disable $new
@@ -181,19 +184,21 @@ _CHROOT_SCRIPT = 'mount -t proc proc "$1/proc" && exec chroot "$1" sh -c "$SCRIP
 _ENTER_SCRIPT = """\
 set -eu
 hostname debian
-root=$1 lower=$2 upper=$3 work=$4 debs=$5 out=$6
-shift 6
+root=$1 lower=$2 upper=$3 work=$4
+shift 4
 mount -t overlay -o "lowerdir=$lower,upperdir=$upper,workdir=$work" overlay "$root"
 mount -t proc proc "$root/proc"
 mount -t tmpfs tmpfs "$root/run"
 mount -t tmpfs tmpfs "$root/tmp"
-mkdir -p "$root/run/systemd/resolve" "$root/run/out"
-cp -L /etc/resolv.conf "$root/run/systemd/resolve/stub-resolv.conf"
-mount --bind "$out" "$root/run/out"
-mkdir -p "$root/var/cache/apt/archives"
-mount --bind "$debs" "$root/var/cache/apt/archives"
 mount --bind /dev "$root/dev"
-exec chroot "$root" sh -c "$SCRIPT" sh "$@"
+mkdir -p "$root/run/systemd/resolve"
+cp -L /etc/resolv.conf "$root/run/systemd/resolve/stub-resolv.conf"
+echo "$BINDS" | while read -r to from; do
+    [ -n "$to" ] || continue
+    mkdir -p "$root$to"
+    mount --bind "$from" "$root$to"
+done
+exec chroot "$root" "$@"
 """
 
 
@@ -255,6 +260,7 @@ class _Builder:
         self._base = self._place("base", base)
         self._mail = self._place("mail", (recipe, sorted(MAIL_PACKAGES)))
         self._world = self._place("world", (recipe, sorted(WORLD_PACKAGES)))
+        self._golang = self._place("golang", (recipe, sorted(_GO_PACKAGES)))
         self._aptrepo = self._place("aptrepo", (recipe, sorted(MAIL_PACKAGES)))
 
     def _place(self, name: str, inputs: object) -> Path:
@@ -273,92 +279,95 @@ class _Builder:
         return all(p.exists() for p in (self._base, self._mail, self._world, self._aptrepo))
 
     def build(self) -> None:
-        for left in self._cache.glob(".building-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        if not self._base.exists():
-            with (
-                self._progress.step("image layer base: Debian 13 by mmdebstrap"),
-                self._workshop() as shop,
-            ):
-                self._build_base(shop)
+        self._clean()
+        self._build_base()
         if not (self._mail.exists() and self._aptrepo.exists()):
             what = "image layer mail: the packages of every tier"
-            with self._progress.step(what), self._workshop() as shop:
+            with self._progress.step(what), workshop(self._cache) as shop:
                 self._install(shop, MAIL_PACKAGES)
                 self._build_aptrepo(shop)
                 _publish(shop / "aptrepo", self._aptrepo)
                 _publish(shop / "upper", self._mail)
         if not self._world.exists():
             what = "image layer world: the packages of the outside"
-            with self._progress.step(what), self._workshop() as shop:
+            with self._progress.step(what), workshop(self._cache) as shop:
                 self._install(shop, WORLD_PACKAGES)
                 _publish(shop / "upper", self._world)
 
-    def _workshop(self) -> _Workshop:
-        return _Workshop(self._cache)
+    def build_golang(self) -> tuple[Path, ...]:
+        self._clean()
+        self._build_base()
+        if not self._golang.exists():
+            with (
+                self._progress.step("image layer golang: Debian's Go, to build the engine"),
+                workshop(self._cache) as shop,
+            ):
+                self._install(shop, _GO_PACKAGES)
+                _publish(shop / "upper", self._golang)
+        return (self._base, self._golang)
 
-    def _build_base(self, shop: Path) -> None:
-        root = shop / "base"
-        sources = [
-            f"deb [signed-by={_KEYRING}] {ARCHIVES[archive]} {suite} main"
-            for archive, suite in SUITES
-        ]
-        self._call(
-            [
-                "mmdebstrap",
-                "--quiet",
-                "--mode=root",
-                "--variant=minbase",
-                "--format=directory",
-                f"--architectures={machine()}",
-                f"--include={','.join(BASE_PACKAGES)}",
-                "trixie",
-                str(root),
-                *sources,
-            ],
-            "the Debian base cannot be installed",
-        )
-        for name, content in _FILES.items():
-            path = root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content, encoding="utf-8")
-        self._call(
-            [*_NAMESPACES, "sh", "-c", _CHROOT_SCRIPT, "sh", str(root)],
-            "the Debian base cannot be set up",
-            SCRIPT=_BASE_SCRIPT,
-        )
-        _publish(root, self._base)
+    def _clean(self) -> None:
+        """Remove what killed builds left; nobody else builds while the lock is held."""
+        for left in self._cache.glob(".building-image-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _build_base(self) -> None:
+        if self._base.exists():
+            return
+        with (
+            self._progress.step("image layer base: Debian 13 by mmdebstrap"),
+            workshop(self._cache) as shop,
+        ):
+            root = shop / "base"
+            sources = [
+                f"deb [signed-by={_KEYRING}] {ARCHIVES[archive]} {suite} main"
+                for archive, suite in SUITES
+            ]
+            _call(
+                [
+                    "mmdebstrap",
+                    "--quiet",
+                    "--mode=root",
+                    "--variant=minbase",
+                    "--format=directory",
+                    f"--architectures={machine()}",
+                    f"--include={','.join(BASE_PACKAGES)}",
+                    "trixie",
+                    str(root),
+                    *sources,
+                ],
+                "the Debian base cannot be installed",
+            )
+            for name, content in _FILES.items():
+                path = root / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(content, encoding="utf-8")
+            _call(
+                [*_NAMESPACES, "sh", "-c", _CHROOT_SCRIPT, "sh", str(root)],
+                "the Debian base cannot be set up",
+                SCRIPT=_BASE_SCRIPT,
+            )
+            _publish(root, self._base)
 
     def _install(self, shop: Path, packages: Sequence[str]) -> None:
+        """Install packages on ``base``; what they add is in ``upper`` of ``shop`` afterwards."""
+        (shop / "out").mkdir()
         debs = self._cache / "debs"
-        for path in (debs / "partial", *(shop / n for n in ("root", "upper", "work", "out"))):
-            path.mkdir(mode=0o755, parents=True, exist_ok=True)
-        places = [shop / "root", self._base, shop / "upper", shop / "work", debs, shop / "out"]
-        self._call(
-            [*_NAMESPACES, "sh", "-c", _ENTER_SCRIPT, "sh", *map(str, places), *packages],
-            f"these packages cannot be installed: {' '.join(packages)}",
-            SCRIPT=_INSTALL_SCRIPT,
-            ARCHIVES="\n".join(f"{_stem(a, s)} {ARCHIVES[a]} {s}" for a, s in SUITES),
+        (debs / "partial").mkdir(parents=True, exist_ok=True)
+        _enter(
+            shop,
+            (self._base,),
+            ["sh", "-c", _INSTALL_SCRIPT],
+            binds={"/var/cache/apt/archives": debs, "/run/out": shop / "out"},
+            failure=f"these packages cannot be installed: {' '.join(packages)}",
+            variables={
+                "PACKAGES": " ".join(packages),
+                "ARCHIVES": "\n".join(f"{_stem(a, s)} {ARCHIVES[a]} {s}" for a, s in SUITES),
+            },
         )
-
-    def _call(self, argv: Sequence[str], failure: str, **variables: str) -> None:
-        done = subprocess.run(
-            argv,
-            env=tools.environment(**variables),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
-        if done.returncode != 0:
-            said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-            raise RehearsalError(
-                f"{failure}:\n{said}",
-                "see that http://deb.debian.org/ can be reached from here, then try again",
-            )
 
     def _build_aptrepo(self, shop: Path) -> None:
-        """Lay out Debian's lists as apt kept them, and the packages that it fetched."""
+        """Lay out Debian's signed lists, and the packages that ``mail`` has beyond ``base``."""
         installed = set((shop / "out/packages").read_text(encoding="utf-8").splitlines())
         wanted = installed - _installed(self._base)
         missing = set(wanted)
@@ -381,19 +390,77 @@ class _Builder:
             )
 
 
-class _Workshop:
-    """A folder beside the layers in which one is made; nothing of it stays."""
+@contextmanager
+def workshop(cache: Path, purpose: str = "image") -> Iterator[Path]:
+    """A folder in the cache in which something is made; nothing of it stays there."""
+    path = Path(tempfile.mkdtemp(prefix=f".building-{purpose}-", dir=cache))
+    path.chmod(0o755)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
-    def __init__(self, cache: Path) -> None:
-        self._cache = cache
 
-    def __enter__(self) -> Path:
-        self._path = Path(tempfile.mkdtemp(prefix=".building-", dir=self._cache))
-        self._path.chmod(0o755)
-        return self._path
+def _enter(
+    shop: Path,
+    layers: Sequence[Path],
+    argv: Sequence[str],
+    *,
+    binds: Mapping[str, Path],
+    failure: str,
+    variables: Mapping[str, str],
+) -> None:
+    """Run a command on image layers, with the network of this machine.
 
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._path, ignore_errors=True)
+    ``binds`` are folders in the layers -> folders of this machine. What the command writes
+    elsewhere is in ``upper`` of ``shop`` afterwards.
+    """
+    for name in ("root", "upper", "work"):
+        (shop / name).mkdir(mode=0o755)
+    places = [shop / "root", ":".join(map(str, reversed(layers))), shop / "upper", shop / "work"]
+    _call(
+        [*_NAMESPACES, "sh", "-c", _ENTER_SCRIPT, "sh", *map(str, places), *argv],
+        failure,
+        BINDS="\n".join(f"{to} {place}" for to, place in binds.items()),
+        **variables,
+    )
+
+
+def run_on_golang(
+    argv: Sequence[str],
+    progress: Progress,
+    what: str,
+    *,
+    cache: Path,
+    binds: Mapping[str, Path],
+    variables: Mapping[str, str],
+) -> None:
+    """Run a command on Debian 13 with its Go, for machines that have none that is new enough.
+
+    ``binds`` are folders there -> folders of this machine.
+    """
+    tools.ensure(progress)
+    with locked(cache / ".images", progress, "another command builds image layers"):
+        layers = _Builder(cache, progress).build_golang()
+    with progress.step(what), workshop(cache, "engine") as shop:
+        _enter(shop, layers, argv, binds=binds, failure=f"{what}: failed", variables=variables)
+
+
+def _call(argv: Sequence[str], failure: str, **variables: str) -> None:
+    done = subprocess.run(
+        argv,
+        env=tools.environment(**variables),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode != 0:
+        said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+        raise RehearsalError(
+            f"{failure}:\n{said}",
+            "see that the network can be reached from here, then try again",
+        )
 
 
 def _stem(archive: str, suite: str) -> str:
