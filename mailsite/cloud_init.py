@@ -18,6 +18,8 @@ AGENT = "/usr/local/sbin/mail-agent"
 DATA_LABEL = "mail-data"
 DATA_MOUNT = "/srv/mail"
 
+_UNITS = "/etc/systemd/system"
+
 _ROOT = Path(__file__).resolve().parent.parent
 
 _DATA_SCRIPT = f"""\
@@ -71,24 +73,6 @@ ExecStop=umount {DATA_MOUNT}
 WantedBy=local-fs.target
 """
 
-_RECOVER_UNIT = f"""\
-[Unit]
-Description=Complete or undo a change that the last shutdown interrupted
-DefaultDependencies=no
-Requires=local-fs.target
-After=local-fs.target
-Before=network-pre.target basic.target shutdown.target
-Wants=network-pre.target
-Conflicts=shutdown.target
-
-[Service]
-Type=oneshot
-ExecStart={AGENT} recover
-
-[Install]
-WantedBy=basic.target
-"""
-
 
 def mac_address(host: Host, interface: Interface) -> str:
     """Address of a VM's network card: stable, local, from the host's name and the network."""
@@ -96,9 +80,9 @@ def mac_address(host: Host, interface: Interface) -> str:
     return ":".join(("52", "54", "00", *(f"{byte:02x}" for byte in digest[:3])))
 
 
-def agent_source() -> str:
-    """The agent as it stands in this checkout."""
-    return (_ROOT / "agent" / "mail_agent.py").read_text(encoding="utf-8")
+def agent_file(name: str) -> str:
+    """A file of the agent as it stands in this checkout."""
+    return (_ROOT / "agent" / name).read_text(encoding="utf-8")
 
 
 def user_data(host: Host, deploy_public_key: str, host_key: str, host_public_key: str) -> str:
@@ -107,6 +91,7 @@ def user_data(host: Host, deploy_public_key: str, host_key: str, host_public_key
     ``deploy_public_key`` may log in; ``host_key`` is the host's own private key in OpenSSH's
     format, which makes the whole text a secret.
     """
+    recover = agent_file("mail-agent-recover.service")
     return "#cloud-config\n" + _json(
         {
             "hostname": host.short,
@@ -118,7 +103,6 @@ def user_data(host: Host, deploy_public_key: str, host_key: str, host_public_key
             "disable_root": True,
             "ssh_pwauth": False,
             "ssh_deletekeys": True,
-            "ssh_genkeytypes": [],
             "ssh_keys": {
                 "ed25519_private": host_key,
                 "ed25519_public": host_public_key.strip(),
@@ -134,10 +118,10 @@ def user_data(host: Host, deploy_public_key: str, host_key: str, host_public_key
                 }
             ],
             "write_files": [
-                _file(AGENT, agent_source(), "0755"),
+                _file(AGENT, agent_file("mail_agent.py"), "0755"),
                 _file("/usr/local/sbin/mail-data", _DATA_SCRIPT, "0755"),
-                _file("/etc/systemd/system/mail-data.service", _DATA_UNIT, "0644"),
-                _file("/etc/systemd/system/mail-agent-recover.service", _RECOVER_UNIT, "0644"),
+                _file(f"{_UNITS}/mail-data.service", _DATA_UNIT, "0644"),
+                _file(f"{_UNITS}/mail-agent-recover.service", recover, "0644"),
             ],
             "runcmd": [
                 ["systemctl", "daemon-reload"],
