@@ -537,6 +537,9 @@ def _read_parts(reader: _Reader, folder: Path, data: dict[str, Data]) -> None:
                 reader.fault(*where, key, f"'{key}' does not belong here", f"see {homes[key]}")
             else:
                 reader.fault(*where, key, f"unknown key '{key}'", rules.closest(key, parts))
+                near = rules.nearest(key, parts)
+                if near is not None and near not in content:
+                    reader.unreadable.add((near,))
 
 
 def _read_sasl_users(reader: _Reader, folder: Path, data: dict[str, Data]) -> None:
@@ -614,7 +617,17 @@ def _validate(reader: _Reader, data: dict[str, Data]) -> tuple[Platform, frozens
     except ValidationError as error:
         bad: set[Location] = set()
         source = Source(reader.places)
-        for entry in error.errors(include_url=False):
+        entries = error.errors(include_url=False)
+        misspelt = {
+            (*entry["loc"][:-1], rules.nearest(str(entry["loc"][-1]), known))
+            for entry in entries
+            if entry["type"] == "extra_forbidden"
+            and (known := _keys_at(Platform, entry["loc"][:-1]))
+        }
+        for entry in entries:
+            if entry["type"] == "missing" and entry["loc"] in misspelt:
+                bad.add(entry["loc"][: 2 if entry["loc"][0] in COLLECTIONS else 1])
+                continue  # reported as an unknown key
             if entry["type"] == "too_short" and entry["input"]:
                 continue  # its items are wrong, and reported themselves
             location, value, message, remedy = _explain(Platform, entry)

@@ -46,6 +46,9 @@ STATEFUL_ROLES = MAIL_ROLES - {Role.FRONTEND}
 #: Longest name of a network interface in Linux (IFNAMSIZ less the terminating zero).
 INTERFACE_NAME_LENGTH = 15
 
+#: Longest host name in Linux (__NEW_UTS_LEN).
+HOST_NAME_LENGTH = 64
+
 #: DNS lookups that one SPF check may cause (RFC 7208, section 4.6.4).
 SPF_LOOKUPS = 10
 
@@ -97,12 +100,18 @@ def check(platform: Platform, incomplete: frozenset[str] = frozenset()) -> list[
     ]
 
 
+def nearest(wrong: str, known: Iterable[str]) -> str | None:
+    """The known word that ``wrong`` is most likely a misspelling of."""
+    near = difflib.get_close_matches(wrong.lower(), list(known), n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
 def closest(wrong: str, known: Iterable[str]) -> str:
     """The remedy for a misspelt word: the nearest known one, or all of them."""
     names = [str(k) for k in known]
-    near = difflib.get_close_matches(wrong.lower(), names, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean '{near[0]}'?"
+    near = nearest(wrong, names)
+    if near is not None:
+        return f"did you mean '{near}'?"
     return f"known are: {', '.join(names)}" if names else "there is none yet"
 
 
@@ -624,6 +633,30 @@ def host_names_have_no_underscore(platform: Platform) -> Iterator[Finding]:
                 name,
                 f"host name '{name}' has an underscore",
                 f"write '{name.replace('_', '-')}'",
+            )
+
+
+@rule()
+def host_names_are_told_apart(platform: Platform) -> Iterator[Finding]:
+    """The kernel's host name is the short one: of at most 64 characters (hostname(7)), unique."""
+    first: dict[str, str] = {}
+    for host in platform.hosts.values():
+        where: Location = ("hosts", host.name)
+        if len(host.short) > HOST_NAME_LENGTH:
+            yield Finding(
+                where,
+                host.name,
+                f"the short name '{host.short}' has {len(host.short)} characters",
+                f"write a name whose first two labels have at most {HOST_NAME_LENGTH - 1} together",
+            )
+        other = first.setdefault(host.short, host.name)
+        if other != host.name:
+            yield Finding(
+                where,
+                host.name,
+                f"'{host.name}' and '{other}' have the same short name '{host.short}'",
+                "write names that differ in their first two labels",
+                ("hosts", other),
             )
 
 
