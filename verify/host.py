@@ -1,0 +1,268 @@
+"""HOST: what every machine must do, whatever its tier."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import dns.flags
+import dns.rcode
+
+from mailsite.bundle import compose
+from mailsite.model import Host, Role
+from verify.client import Client
+from verify.context import Context, each, eventually, expect
+from verify.lab import AGENT, LabMachine
+from verify.lookup import ask
+from verify.registry import Failed, check
+from verify.smtp import letter
+from verify.smtp_out import Door, member_door, submit
+
+RESOLVERS = ("127.0.0.1", "::1")
+
+
+def _managed(ctx: Context) -> list[LabMachine]:
+    return [m for m in ctx.lab.machines if m.host.is_managed]
+
+
+@check("HOST-1", quick=True, alone=True)
+def names_resolve_locally(ctx: Context) -> str:
+    """Each host's own Unbound recurses and validates, and knows the internal names by itself."""
+    machines = _managed(ctx)
+    signed, bogus, unsigned = ctx.lab.world.example_names()
+
+    def outside(machine: LabMachine) -> None:
+        client = machine.observer.client()
+        _expect_own_resolver(machine)
+        for server in _resolvers(machine):
+            answer = ask(client, server, signed, timeout=8.0)
+            expect(answer.answer, f"{machine.name}: {signed} does not resolve at {server}")
+            expect(
+                answer.flags & dns.flags.AD,
+                f"{machine.name}: {signed} is not validated at {server}",
+            )
+            forged = ask(client, server, bogus, timeout=8.0)
+            expect(
+                forged.rcode() == dns.rcode.SERVFAIL,
+                f"{machine.name}: {bogus}, whose signatures are wrong, is answered with "
+                f"{dns.rcode.to_text(forged.rcode())}",
+            )
+            plain = ask(client, server, unsigned, timeout=8.0)
+            expect(
+                plain.answer and not plain.flags & dns.flags.AD,
+                f"{machine.name}: the unsigned {unsigned} does not resolve, or counts as signed",
+            )
+        missing = f"{secrets.token_hex(6)}.{signed}"
+        nothing = ask(client, _resolvers(machine)[0], missing, timeout=8.0)
+        expect(
+            nothing.rcode() == dns.rcode.NXDOMAIN and nothing.flags & dns.flags.AD,
+            f"{machine.name}: that {missing} does not exist is not validated",
+        )
+
+    each(machines, outside)
+    names = _internal_names(ctx)
+
+    def inside(machine: LabMachine) -> None:
+        client = machine.observer.client()
+        for name, kind, data in names:
+            answer = ask(client, _resolvers(machine)[0], name, kind)
+            found = {r.to_text() for rrset in answer.answer for r in rrset}
+            expect(
+                found == data,
+                f"{machine.name}: with the outside cut off, {name} {kind} is "
+                f"{' '.join(sorted(found)) or dns.rcode.to_text(answer.rcode())}, "
+                f"not {' '.join(sorted(data))}",
+            )
+        _expect_cut(machine, client, f"{secrets.token_hex(6)}.{signed}")
+
+    with ctx.lab.outside_cut_off():
+        each(machines, inside)
+    return (
+        f"{len(machines)} hosts: {signed} validated, {bogus} refused, {unsigned} resolved, "
+        f"non-existence proved; {len({n for n, _, _ in names})} internal names resolve with the "
+        "outside cut off"
+    )
+
+
+def _resolvers(machine: LabMachine) -> list[str]:
+    """The addresses that the host's own programs ask (resolv.conf(5))."""
+    lines = machine.run("cat", "/etc/resolv.conf").splitlines()
+    return [line.split()[1] for line in lines if line.startswith("nameserver ")]
+
+
+def _expect_own_resolver(machine: LabMachine) -> None:
+    asked = _resolvers(machine)
+    expect(
+        asked and set(asked) <= set(RESOLVERS),
+        f"{machine.name}: asks {' '.join(asked) or 'nobody'}, not its own resolver",
+    )
+
+
+def _expect_cut(machine: LabMachine, client: Client, name: str) -> None:
+    """A name that no cache can know does not resolve: the outside is really cut off."""
+    try:
+        answer = ask(client, _resolvers(machine)[0], name, timeout=1.0)
+    except Failed:
+        return
+    expect(
+        answer.rcode() == dns.rcode.SERVFAIL,
+        f"{machine.name}: {name} is answered though the outside is cut off",
+    )
+
+
+def _internal_names(ctx: Context) -> list[tuple[str, str, set[str]]]:
+    """Every host's internal name and the cluster's, with what they must resolve to."""
+    cluster = f"{Role.SMTP_OUT}.{ctx.platform.internal_domain}"
+    wanted = {h.name: ctx.internal(h) for h in ctx.platform.hosts.values()}
+    wanted[cluster] = tuple(a for m in ctx.members for a in ctx.internal(m))
+    return [
+        (name, kind, {str(a) for a in addresses if a.version == version})
+        for name, addresses in wanted.items()
+        for kind, version in (("A", 4), ("AAAA", 6))
+    ]
+
+
+@check("HOST-4", quick=True, alone=True)
+def drift_is_reported(ctx: Context) -> str:
+    """A fresh platform shows no drift; a file changed by hand is reported by name."""
+    machines = list(ctx.lab.machines)
+
+    def clean(machine: LabMachine) -> None:
+        done = machine.call(AGENT, "drift")
+        expect(
+            done.returncode == 0,
+            f"{machine.name}: drift on a fresh platform (exit {done.returncode}): "
+            f"{done.stdout.strip() or done.stderr.strip()}",
+        )
+
+    each(machines, clean)
+    changed = each(machines, lambda machine: _drifts(ctx, machine))
+    each(machines, clean)
+    return f"{len(machines)} hosts clean; reported and gone again: {'; '.join(changed)}"
+
+
+def _drifts(ctx: Context, machine: LabMachine) -> str:
+    """Change files by hand in three ways; each is reported, and nothing else."""
+    bundle = compose(ctx.platform, ctx.platform.hosts[machine.name])
+    paths = sorted(p for p in bundle.files if p.startswith("/etc/"))
+    own = paths or sorted(bundle.files)
+    ways = dict(zip(("content", "mode", "gone"), own, strict=False))
+    with _by_hand(machine, ways):
+        done = machine.call(AGENT, "drift")
+        reported = done.stdout.splitlines()
+        expect(
+            done.returncode == 3,
+            f"{machine.name}: {', '.join(ways.values())} changed by hand, but drift exits "
+            f"{done.returncode}: {done.stdout.strip()}",
+        )
+        for path in ways.values():
+            expect(
+                any(path in line for line in reported),
+                f"{machine.name}: drift does not name {path}: {' / '.join(reported)}",
+            )
+        expect(
+            len(reported) == len(ways),
+            f"{machine.name}: drift reports more than was changed: {' / '.join(reported)}",
+        )
+    return f"{machine.name}: {' '.join(ways.values())}"
+
+
+@contextmanager
+def _by_hand(machine: LabMachine, ways: dict[str, str]) -> Iterator[None]:
+    """Change a file's content, another's mode, and take a third away; put all back."""
+    for path in ways.values():
+        machine.run("cp", "-p", "--", path, f"{path}.verify-kept")
+    try:
+        for way, path in ways.items():
+            match way:
+                case "content":
+                    machine.run("sh", "-c", 'printf "\\n" >>"$1"', "sh", path)
+                case "mode":
+                    machine.run("chmod", "g+w", path)
+                case _:
+                    machine.run("rm", "--", path)
+        yield
+    finally:
+        for path in ways.values():
+            machine.run("mv", "-f", "--", f"{path}.verify-kept", path)
+
+
+@dataclass(frozen=True)
+class _Marker:
+    """A file on the data volume that must survive the machine."""
+
+    path: str
+    text: str
+
+
+@check("HOST-5", disruptive=True)
+def bare_machine_is_installed(ctx: Context) -> str:
+    """A member replaced by a bare Debian is installed by the agent alone, its queue survives."""
+    lab = ctx.lab
+    member = ctx.members[-1]
+    machine = lab.machine(member)
+    before = machine.run("cat", "/etc/machine-id").strip()
+    waiting = _mail_that_waits(ctx, member)
+    marker = _Marker("/srv/mail/verify-marker", secrets.token_hex(16))
+    machine.run("sh", "-c", 'cat >"$1"', "sh", marker.path, input=marker.text)
+    try:
+        lab.replace_with_bare(member)
+        fresh = lab.machine(member)
+        expect(
+            fresh.run("cat", "/etc/machine-id").strip() != before,
+            f"{member.name} is still the same machine",
+        )
+        expect(
+            fresh.run("cat", marker.path) == marker.text,
+            f"{member.name}: the data volume was not kept",
+        )
+        installed = _packages_installed(ctx, fresh)
+        _serves(ctx, member)
+        with lab.world.behaving("flaky", "accept"):
+            arrived = lab.world.arrival("flaky", waiting, 60.0, poke=fresh.hurry)
+        expect(arrived.accepted, f"the mail that waited on {member.name} was refused")
+        expect(
+            fresh.call(AGENT, "drift").returncode == 0, f"{member.name}: drift after the install"
+        )
+        fresh.run("rm", "-f", "--", marker.path)
+    finally:
+        lab.world.set("flaky", "defer")
+    return (
+        f"{member.name}: new machine from a bare Debian, {installed} installed by the agent; its "
+        "data volume and the mail in its queue survived; it serves and signs"
+    )
+
+
+def _mail_that_waits(ctx: Context, member: Host) -> str:
+    """Put a mail into the member's queue that a remote defers."""
+    world = ctx.lab.world
+    world.set("flaky", "defer")
+    mail = letter(f"{{token}}@{ctx.sending_domains[0]}", f"{{token}}@{world.domain('flaky')}")
+    submit(ctx, member_door(ctx, member), mail)
+    machine = ctx.lab.machine(member)
+    eventually(lambda: machine.deferral(mail.recipient), seconds=15, what="a mail that waits")
+    return mail.recipient
+
+
+def _packages_installed(ctx: Context, machine: LabMachine) -> str:
+    """The role's packages, which the bare image lacks, with the log that says who put them in."""
+    log = machine.run("cat", "/var/log/dpkg.log")
+    wanted = compose(ctx.platform, machine.host).packages
+    mine = [p for p in wanted if f" install {p}:" in log]
+    expect(
+        {"postfix", "opendkim", "dovecot-core"} <= set(mine),
+        f"{machine.name}: dpkg's log shows no installation of the mail daemons",
+    )
+    return ", ".join(mine)
+
+
+def _serves(ctx: Context, member: Host) -> None:
+    """The member takes a mail directly, and it arrives signed."""
+    world = ctx.lab.world
+    client = member_door(ctx, member).client
+    for address in ctx.internal(member):
+        mail = letter(f"{{token}}@{ctx.sending_domains[0]}", f"{{token}}@{world.domain('strict')}")
+        submit(ctx, Door(client, member.name, address, member), mail)
+        world.arrival("strict", mail.recipient, 15.0)

@@ -1,0 +1,628 @@
+"""What a rehearsal offers to checks beside the view from outside: its machines and its world."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
+from pathlib import Path
+from typing import Any
+
+import dns.name
+import dns.rdata
+import dns.rdatatype
+import dns.zone
+
+from mailsite.bundle import compose
+from mailsite.loader import load_platform
+from mailsite.model import Host, IPAddress, Platform
+from rehearsal import network
+from rehearsal.ca import Authority
+from rehearsal.image import Layers
+from rehearsal.machine import Machine
+from rehearsal.state import State
+from rehearsal.world import plan
+from rehearsal.world.world import World
+from verify.client import Observer, Pool
+from verify.context import Context, Probe, eventually, expect
+from verify.lookup import Lookup
+from verify.mailauth import header_of
+from verify.passwords import password_of
+from verify.registry import Failed, Skipped
+from verify.stack import Stack
+
+AGENT = "/usr/local/sbin/mail-agent"
+OWN_TABLE = ("inet", "mail")
+TRUSTED = "/etc/ssl/certs/ca-certificates.crt"
+
+
+@dataclass(frozen=True)
+class Mail:
+    """A mail as a remote server got it.
+
+    Attributes:
+        mx: Which server.
+        peer: Address that it came from.
+        helo: Name that the peer gave.
+        tls: Version of TLS; empty without.
+        mail_from: Envelope sender; empty for a bounce.
+        rcpt_to: Envelope recipients.
+        accepted: Whether the server took it.
+        raw: The mail as it came.
+    """
+
+    mx: str
+    peer: IPAddress
+    helo: str
+    tls: str
+    mail_from: str
+    rcpt_to: tuple[str, ...]
+    accepted: bool
+    raw: bytes
+
+    def header(self, name: str) -> list[str]:
+        return header_of(self.raw, name)
+
+
+class LabWorld:
+    """The remote mail servers, the name servers and the resolver of the world outside."""
+
+    def __init__(self, world: World, state: State) -> None:
+        self._world = world
+        self._folder = state.world / "mail"
+        self._lock = threading.Lock()
+        self._read: dict[Path, Mail] = {}
+
+    def domain(self, mx: str) -> str:
+        """The mail domain that the server takes mail for."""
+        return plan.MAIL_SERVERS[mx].domain
+
+    def addresses(self, mx: str) -> tuple[IPAddress, ...]:
+        return tuple(plan.MAIL_SERVERS[mx].addresses)
+
+    def mails(self, mx: str, recipient: str) -> list[Mail]:
+        """The mails for ``recipient`` that the server got, refused ones too, oldest first."""
+        wanted = recipient.lower()
+        return [m for m in self._all(mx) if wanted in [r.lower() for r in m.rcpt_to]]
+
+    def _all(self, mx: str) -> list[Mail]:
+        with self._lock:
+            found = []
+            for path in sorted((self._folder / mx).glob("*.json")):
+                if path not in self._read:
+                    self._read[path] = _mail(path)
+                found.append(self._read[path])
+            return found
+
+    def arrival(
+        self,
+        mx: str,
+        recipient: str,
+        seconds: float,
+        poke: Callable[[], object] | None = None,
+    ) -> Mail:
+        """Wait for the mail for ``recipient``.
+
+        Args:
+            mx: Server that it must arrive at.
+            recipient: Its envelope recipient.
+            seconds: For how long to wait.
+            poke: Called every two seconds, to hurry a queue along.
+
+        Raises:
+            Failed: It did not arrive in time, or the server refused it.
+        """
+        poked = time.monotonic()
+
+        def look() -> Mail:
+            nonlocal poked
+            found = self.mails(mx, recipient)
+            if not found and poke is not None and time.monotonic() - poked > 2.0:
+                poked = time.monotonic()
+                poke()
+            expect(found, f"no mail for {recipient} at {mx}{self._last_reply(mx, recipient)}")
+            return found[0]
+
+        mail = eventually(look, seconds=seconds, every=0.05)
+        expect(mail.accepted, f"{mx} refused mail for {recipient}{self._last_reply(mx, recipient)}")
+        return mail
+
+    def replies(self, mx: str, recipient: str) -> list[str]:
+        """What the server answered to mail for ``recipient``, at RCPT and at the end of DATA."""
+        wanted = recipient.lower()
+        return [e.reply for e in self._world.events(mx) if wanted in e.rcpt_to.lower()]
+
+    def _last_reply(self, mx: str, recipient: str) -> str:
+        replies = self.replies(mx, recipient)
+        return f" (it answered {replies[-1]})" if replies else ""
+
+    def set(self, mx: str, mode: str) -> None:
+        """Make the server behave as ``mode`` says; returns when it does."""
+        self._world.set(mx, mode)
+
+    @contextmanager
+    def behaving(self, mx: str, mode: str) -> Iterator[None]:
+        """The server behaves as ``mode`` says, and as it does by itself afterwards."""
+        self.set(mx, mode)
+        try:
+            yield
+        finally:
+            self.set(mx, plan.MAIL_SERVERS[mx].mode.value)
+
+    # DNS
+
+    def example_names(self) -> tuple[str, str, str]:
+        """Names that are signed, signed wrongly, and not signed."""
+        return (plan.MAIL_SERVERS["generic"].host, plan.BOGUS_DOMAIN, plan.UNSIGNED_DOMAIN)
+
+    def records(self, zone: str) -> list[str]:
+        """The records of an operator's zone as its name server has them, without DNSSEC's."""
+        served = self._world.transfer(zone)
+        served.relativize = False
+        assert served.origin is not None
+        return [
+            _record(owner.derelativize(served.origin), ttl, rdata)
+            for owner, ttl, rdata in served.iterate_rdatas()
+            if rdata.rdtype not in SERVERS_OWN
+        ]
+
+    def foreign_records(self, zone: str) -> list[str]:
+        """What the zone held before the platform came."""
+        text = "\n".join(str(r) for r in self._world.foreign_records(zone))
+        return [record for _, record in parsed(text)]
+
+
+SERVERS_OWN = frozenset(
+    dns.rdatatype.from_text(t)
+    for t in ("SOA", "NS", "RRSIG", "DNSKEY", "NSEC", "NSEC3", "NSEC3PARAM", "CDS", "CDNSKEY")
+)
+"""What a name server adds to a zone by itself."""
+
+
+def parsed(text: str) -> list[tuple[dns.name.Name, str]]:
+    """The records of BIND text with absolute names: owner, and the record in canonical form."""
+    zone = dns.zone.from_text(text, origin=dns.name.root, relativize=False, check_origin=False)
+    return [
+        (owner, _record(owner, ttl, rdata))
+        for owner, ttl, rdata in zone.iterate_rdatas()
+        if rdata.rdtype not in SERVERS_OWN
+    ]
+
+
+def _record(owner: dns.name.Name, ttl: int, rdata: dns.rdata.Rdata) -> str:
+    kind = dns.rdatatype.to_text(rdata.rdtype)
+    text = rdata.to_text(origin=dns.name.root, relativize=False)
+    return f"{owner.to_text().lower()} {ttl} {kind} {text}"
+
+
+def _mail(path: Path) -> Mail:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return Mail(
+        mx=str(found["mx"]),
+        peer=ip_address(str(found["peer"])),
+        helo=str(found["helo"]),
+        tls=str((found["tls"] or {}).get("version", "")),
+        mail_from=str(found["mail_from"]),
+        rcpt_to=tuple(str(r) for r in found["rcpt_to"]),
+        accepted=bool(found["accepted"]),
+        raw=path.with_suffix(".eml").read_bytes(),
+    )
+
+
+@dataclass(frozen=True)
+class Queued:
+    """An entry of a Postfix queue (postqueue(1), option -j)."""
+
+    id: str
+    queue: str
+    sender: str
+    recipients: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+class LabMachine:
+    """A host of the platform as its operator at the console sees it."""
+
+    def __init__(self, host: Host, state: State, platform: Platform) -> None:
+        self.host = host
+        self.name = host.name
+        self._platform = platform
+        self._state = state
+
+    @cached_property
+    def machine(self) -> Machine:
+        found = Machine.load(self.name, self._state)
+        if found is None:
+            raise Failed(f"the rehearsal has no machine {self.name}; run: make rehearsal")
+        return found
+
+    @property
+    def observer(self) -> Observer:
+        """A place to connect from: the host itself."""
+        return Observer(self.name, sealed(self.machine.namespace))
+
+    def run(self, *argv: str, input: str | bytes | None = None, check: bool = True) -> str:
+        """Run a command on the host as root. Returns what it printed."""
+        return self.machine.run(argv, input=input, check=check).stdout
+
+    def call(
+        self, *argv: str, input: str | bytes | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """The same, whatever the exit code."""
+        return self.machine.run(argv, input=input, check=False)
+
+    def kill(self) -> None:
+        """Pull the plug."""
+        self.machine.kill()
+
+    def start(self) -> None:
+        """Put the plug back in; returns when the machine has booted."""
+        self.machine.boot()
+        self.machine.wait_booted()
+
+    # The agent
+
+    def apply(self, platform: Platform | None = None) -> str:
+        """Have the agent apply what ``platform`` says of this host, as a push does.
+
+        Args:
+            platform: Site data; by default the rehearsal's own.
+
+        Returns:
+            The agent's last line.
+
+        Raises:
+            Failed: The agent refused it or rolled it back.
+        """
+        wanted = platform or self._platform
+        bundle = compose(wanted, wanted.hosts[self.name])
+        argv = [AGENT, "apply"]
+        digest = self.active_secrets()
+        if digest:
+            argv += ["--secrets", digest]
+        done = self.call(*argv, input=bundle.public_json())
+        if done.returncode != 0:
+            raise Failed(f"{self.name}: the agent refuses: {done.stdout}{done.stderr}")
+        self.run(AGENT, "confirm")
+        return done.stdout.strip().splitlines()[-1]
+
+    def active_secrets(self) -> str:
+        """Digest of the secret bundle in use; empty where there is none."""
+        label = str(json.loads(self.run(AGENT, "status"))["secrets"])
+        staged = self.run("ls", "/var/lib/mail-agent/secrets").split()
+        known = [name.removesuffix(".json") for name in staged]
+        return next((k for k in known if label and k.startswith(label)), "")
+
+    # Postfix
+
+    def queue_entries(self) -> list[Queued]:
+        entries = [json.loads(line) for line in self.run("postqueue", "-j").splitlines()]
+        return [
+            Queued(
+                id=str(e["queue_id"]),
+                queue=str(e["queue_name"]),
+                sender=str(e["sender"]),
+                recipients=tuple(str(r["address"]) for r in e["recipients"]),
+                reasons=tuple(str(r.get("delay_reason", "")) for r in e["recipients"]),
+            )
+            for e in entries
+        ]
+
+    def queued(self, recipient: str) -> Queued | None:
+        """The queue's entry for ``recipient``."""
+        for entry in self.queue_entries():
+            if recipient.lower() in [r.lower() for r in entry.recipients]:
+                return entry
+        return None
+
+    def deferral(self, recipient: str) -> str:
+        """Why a mail waits.
+
+        Raises:
+            Failed: It does not wait.
+        """
+        entry = self.queued(recipient)
+        if entry is None or entry.queue != "deferred":
+            where = f"in the {entry.queue} queue" if entry else "not queued"
+            raise Failed(f"{self.name}: mail for {recipient} is {where}, not deferred")
+        return " ".join(entry.reasons)
+
+    def hurry(self) -> None:
+        """Have the queue tried now, and locally submitted mail picked up."""
+        self.run("postqueue", "-f")
+        self.run("postkick", "public", "pickup", "W")
+
+    # TLS
+
+    def verifies(self, address: IPAddress, port: int, name: str) -> tuple[bool, str]:
+        """Whether Postfix's TLS client on this host accepts ``address`` as ``name``.
+
+        Returns:
+            The verdict, and what the client said.
+        """
+        done = self.call(
+            "posttls-finger", "-c", "-T", "5", "-l", "secure", "-F", TRUSTED,
+            f"[{address}]:{port}", name,
+        )  # fmt: skip
+        said = f"{done.stdout}{done.stderr}".strip()
+        return done.returncode == 0 and "Verified TLS connection established" in said, said
+
+    @contextmanager
+    def presenting(self, chain: str, key: str) -> Iterator[None]:
+        """The host's Postfix presents another certificate for a while.
+
+        Args:
+            chain: PEM.
+            key: PEM.
+        """
+        path = self.run("postconf", "-hx", "smtpd_tls_chain_files").split(",")[0].strip()
+        self.run("cp", "-p", "--", path, f"{path}.verify-kept")
+        try:
+            self.run("tee", path, input=key + chain)
+            self._restart_postfix()
+            yield
+        finally:
+            self.run("mv", "-f", "--", f"{path}.verify-kept", path)
+            self._restart_postfix()
+
+    def _restart_postfix(self) -> None:
+        """A reload would let running smtpd processes finish with what they have read."""
+        self.run("systemctl", "restart", "postfix.service")
+
+    # What is not the platform's
+
+    def foreign_tables(self) -> dict[str, str]:
+        """Firewall tables that are not the platform's, with their rules without counters."""
+        found = {}
+        for line in self.run("nft", "list", "tables").splitlines():
+            _, family, name = line.split()
+            if (family, name) != OWN_TABLE:
+                found[f"table {family} {name}"] = self.run(
+                    "nft", "-s", "list", "table", family, name
+                )
+        return found
+
+    def foreign_state(self, ours: set[str]) -> dict[str, str]:
+        """Configuration and websites of others: path -> what tells a change; tables too.
+
+        Args:
+            ours: Paths to leave out.
+        """
+        listed = self.call(
+            "find", "/etc", "/var/www", "-xdev", "-type", "f",
+            "-printf", "%p\\t%i %s %T@ %u:%g %m\\n",
+        ).stdout  # fmt: skip
+        files = dict(line.split("\t", 1) for line in listed.splitlines())
+        units = {Path(p).name for p in ours}
+        listed = self.run("find", "/etc", "-xdev", "-type", "l", "-printf", "%p\\t%l\\n")
+        links = dict(line.split("\t", 1) for line in listed.splitlines())
+        files |= {p: target for p, target in links.items() if Path(target).name not in units}
+        return {p: v for p, v in files.items() if p not in ours} | self.foreign_tables()
+
+    # Its journal
+
+    def logged(self, program: str, *texts: str) -> bool:
+        """Whether ``program`` logged a line with all of ``texts`` in the last ten minutes."""
+        lines = self.machine.logs("--since=-10min", "--output=short").splitlines()
+        mine = (line for line in lines if f" {program}" in line.partition(": ")[0])
+        return any(all(t in line for t in texts) for line in mine)
+
+
+class Lab:
+    """The rehearsal that is up.
+
+    Raises:
+        Skipped: None is.
+    """
+
+    def __init__(self, state: State, platform: Platform) -> None:
+        self.state = state
+        self.platform = platform
+        self.network = network.Network(platform, state)
+        if not self.network.is_up:
+            raise Skipped("no rehearsal is up; run: make rehearsal")
+        self.outside = World(state, platform, self.network, Layers((), (), (), Path()))
+        self.world = LabWorld(self.outside, state)
+
+    def machine(self, host: Host) -> LabMachine:
+        return LabMachine(host, self.state, self.platform)
+
+    @property
+    def machines(self) -> tuple[LabMachine, ...]:
+        """Every host of the platform that the rehearsal runs."""
+        return tuple(
+            self.machine(host)
+            for host in self.platform.hosts.values()
+            if Machine.load(host.name, self.state) is not None
+        )
+
+    # Places
+
+    def observer(self, name: str, place: str) -> Observer:
+        """An observer's place, with clients that have addresses of their own.
+
+        Args:
+            name: ``internet``, ``office`` or ``local``.
+            place: What messages call it.
+        """
+        namespace = self.network.namespace(f"obs-{name}")
+        seats = self.network.addresses(f"obs-{name}")
+        ipv4 = next(a for a in seats if isinstance(a, IPv4Address))
+        ipv6 = next(a for a in seats if isinstance(a, IPv6Address))
+        more = _INTERNET if name == "internet" else ()
+        pairs = zip(self._spare4(ipv4, more), _spare6(ipv6), strict=False)
+        give = Seat(namespace, (ipv4, ipv6)).give
+        return Observer(place, sealed(namespace), Pool(pairs, give))
+
+    def _spare4(self, seat: IPv4Address, more: tuple[IPv4Network, ...]) -> Iterator[IPv4Address]:
+        """Addresses beside the seat's own that nobody else has, in no order."""
+        around = [n.ipv4.prefix for n in self.platform.networks.values() if seat in n.ipv4.prefix]
+        managed = [p for p in self.platform.management.networks if isinstance(p, IPv4Network)]
+        around += [p for p in managed if seat in p] if not around else []
+        taken = {str(a) for h in self.platform.hosts.values() for a in h.addresses}
+        taken |= {str(n.ipv4.gateway) for n in self.platform.networks.values()}
+        taken |= {str(e.ipv4) for e in self.platform.egress.values()}
+        taken |= {str(a) for s in self.network.plan.seats for a in s.addresses}
+        spare = [a for prefix in (*around, *more) for a in prefix.hosts() if str(a) not in taken]
+        random.shuffle(spare)
+        return iter(spare)
+
+    # Certificates
+
+    def wrong_certificates(self, name: str) -> Iterator[tuple[str, str, str]]:
+        """Certificates that nobody may take for ``name``: what it is, chain and key."""
+        authority = Authority(self.state.ca)
+        other = authority.issue([f"not-{name}"])
+        own = authority.self_signed([name])
+        yield "a certificate for another name", other.chain, other.key
+        yield "a self-signed certificate", own.chain, own.key
+
+    # The program
+
+    def program_records(self) -> dict[str, list[str]]:
+        """Zone -> the records that the program says it holds, from the stack's outputs."""
+        origins = {dns.name.from_text(zone): zone for zone in self.outside.zone_names}
+        found: dict[str, list[str]] = {zone.rstrip("."): [] for zone in origins.values()}
+        for owner, record in parsed(str(self.outputs()["zones"])):
+            inside = [origin for origin in origins if owner.is_subdomain(origin)]
+            if inside:
+                found[origins[max(inside, key=len)].rstrip(".")].append(record)
+        return found
+
+    def outputs(self) -> Mapping[str, object]:
+        """The stack's outputs."""
+        raise NotImplementedError
+
+    def up(self) -> dict[str, int]:
+        """Run ``up`` again. Returns how many resources the engine counts per kind of change."""
+        raise NotImplementedError
+
+    def replace_with_bare(self, host: Host) -> None:
+        """Have the engine replace the host's machine by one that starts from a bare Debian."""
+        raise NotImplementedError
+
+    @contextmanager
+    def outside_cut_off(self) -> Iterator[None]:
+        """Nothing reaches the world outside, and nothing comes from there."""
+        rules = (
+            "table inet cut { chain forward { type filter hook forward priority -10; "
+            f'oifname "{network.INET}" drop; iifname "{network.INET}" drop; }} }}'
+        )
+        network.run_in(network.CORE, ["nft", rules])
+        try:
+            yield
+        finally:
+            network.run_in(network.CORE, ["nft", "delete", "table", "inet", "cut"])
+
+
+def context(stack: Stack, folder: Path) -> Context:
+    """The platform in the rehearsal that is up on this machine.
+
+    Raises:
+        Skipped: None is.
+    """
+    state = State(folder)
+    platform = load_platform(stack.site, state.world_overlay)
+    lab = Lab(state, platform)
+    internet = lab.observer("internet", "the internet")
+    return Context(
+        platform=platform,
+        site=stack.site,
+        stack=stack.name,
+        state=state.root,
+        internet=internet,
+        lookup=Lookup(internet.client(), tuple(plan.RESOLVER)),
+        office=lab.observer("office", "the office"),
+        local=lab.observer("local", "a site-local network"),
+        given_probe=_probe(state, platform),
+        given_lab=lab,
+    )
+
+
+def _probe(state: State, platform: Platform) -> Probe | None:
+    """The first login that is not suspended, and an address in the first domain that sends."""
+    user = next((u.name for u in platform.sasl_users.values() if not u.suspended), None)
+    domain = next((d.name for d in platform.domains.values() if d.signing_key), None)
+    if user is None or domain is None:
+        return None
+    return Probe(user, password_of(state.root, user), f"probe@{domain}")
+
+
+def sealed(namespace: str) -> Callable[[], AbstractContextManager[None]]:
+    """Enters a namespace of the rehearsal, having made sure that it has no way out."""
+    checked = False
+
+    @contextmanager
+    def enter() -> Iterator[None]:
+        nonlocal checked
+        with network.enter(namespace):
+            if not checked:
+                network.assert_sealed()
+                checked = True
+            yield
+
+    return enter
+
+
+_INTERNET = (IPv4Network("198.51.100.0/24"), IPv4Network("203.0.113.0/24"))
+"""Nobody's networks (RFC 5737), for clients on the internet."""
+
+
+def _spare6(seat: IPv6Address) -> Iterator[IPv6Address]:
+    """Addresses in the seat's /64, no two in one /84, in no order."""
+    network = int(seat) >> 64 << 64
+    for number in random.sample(range(1, 1 << 16), 4096):
+        yield IPv6Address(network | number << 48 | 0x10)
+
+
+class Seat:
+    """A namespace that gets further addresses.
+
+    Args:
+        namespace: Its name.
+        addresses: The addresses that it has from the start.
+    """
+
+    def __init__(self, namespace: str, addresses: tuple[IPAddress, ...]) -> None:
+        self._namespace = namespace
+        self._addresses = addresses
+
+    def give(self, *more: IPAddress) -> None:
+        """Let the namespace have ``more`` addresses, and core know the way to them."""
+        for own in self._addresses:
+            family = f"-{own.version}" if own.version == 6 else "-4"
+            device, length = self._device(own)
+            port = self._port(family, own)
+            for address in (a for a in more if a.version == own.version):
+                nodad = ["nodad"] if address.version == 6 else []
+                self._ip(
+                    self._namespace, "addr", "replace", f"{address}/{length}", "dev", device, *nodad
+                )
+                if port:
+                    self._ip(network.CORE, family, "route", "replace", str(address), "dev", port)
+
+    def _device(self, own: IPAddress) -> tuple[str, int]:
+        """Which of the namespace's devices has the address, and its prefix length."""
+        for link in json.loads(self._ip(self._namespace, "-j", "addr", "show", "to", str(own))):
+            for info in link.get("addr_info", ()):
+                if ip_address(info["local"]) == own:
+                    return str(link["ifname"]), int(info["prefixlen"])
+        raise LookupError(f"{self._namespace} has not {own}")
+
+    def _port(self, family: str, own: IPAddress) -> str:
+        """The device in core that leads to the address alone; empty where a network does."""
+        routes = json.loads(
+            self._ip(network.CORE, "-j", family, "route", "show", "exact", str(own))
+        )
+        return str(routes[0]["dev"]) if routes else ""
+
+    @staticmethod
+    def _ip(namespace: str, *arguments: str) -> str:
+        return network.run_in(namespace, ["ip", *arguments]).stdout or "[]"

@@ -1,0 +1,374 @@
+"""EDGE: what clients see of the frontends in front of the submission service."""
+
+from __future__ import annotations
+
+import http.client
+import smtplib
+import time
+from contextlib import suppress
+from functools import partial
+from ipaddress import IPv4Address, ip_address
+from socket import AF_INET, AF_INET6, SOCK_DGRAM
+
+from mailsite.bundle import compose
+from mailsite.model import Host, IPAddress, Platform, Role
+from verify.client import Observer
+from verify.context import SUBMISSION, SUBMISSION_PROXY, Context, each, eventually, expect
+from verify.registry import Failed, check
+from verify.smtp import Refused, Session, letter
+from verify.smtp_out import Door, enter, frontend_doors, submit
+
+PATIENCE = 3.0
+"""Seconds within which a login must be through (contract, EDGE-1)."""
+
+
+@check("EDGE-1", disruptive=True)
+def backups_take_over(ctx: Context) -> str:
+    """With the primary dead logins go to a backup within 3 s, and back when it returns."""
+    machine = ctx.lab.machine(ctx.platform.hosts[ctx.platform.outbound.primary])
+    before = each(frontend_doors(ctx), lambda door: _login(ctx, door)[0])
+    expect(
+        set(before) == {machine.name},
+        f"with the primary alive, logins reach {', '.join(sorted(set(before)))}",
+    )
+    slowest, reached, retries = 0.0, set[str](), 0
+    machine.kill()
+    try:
+        for _ in range(2):
+            logins = each(frontend_doors(ctx), lambda door: _login_or_retry(ctx, door))
+            slowest = max(slowest, *(seconds for _, seconds, _ in logins))
+            reached |= {member for member, _, _ in logins}
+            retries += sum(retried for _, _, retried in logins)
+        expect(machine.name not in reached, f"{machine.name} answers though it is dead")
+    finally:
+        machine.start()
+    returned = time.monotonic()
+    back = eventually(
+        lambda: _all_reach(ctx, machine.name), seconds=60, every=1.0, what="the primary to return"
+    )
+    return (
+        f"{machine.name} dead: {2 * len(ctx.doors)} logins through {len(ctx.frontends)} frontends "
+        f"reached {', '.join(sorted(reached))}, slowest {slowest:.1f} s, {retries} of them on the "
+        f"retry; back on the primary {back - returned:.0f} s after it started"
+    )
+
+
+def _login(ctx: Context, door: Door) -> tuple[str, float]:
+    """Log in through ``door``. Returns the member that answered, and the seconds it took."""
+    started = time.monotonic()
+    with enter(ctx, door) as session:
+        return session.banner.inner, time.monotonic() - started
+
+
+def _login_or_retry(ctx: Context, door: Door) -> tuple[str, float, bool]:
+    """A client's login: it tries once more. Each try must be over within the patience.
+
+    Returns:
+        The member that answered, seconds of the slower try, and whether the retry was needed.
+    """
+    started = time.monotonic()
+    try:
+        member, seconds = _login(ctx, door)
+        retried = False
+    except (OSError, smtplib.SMTPException, Failed) as first:
+        wasted = time.monotonic() - started
+        expect(wasted <= PATIENCE, f"{door}: a login failed only after {wasted:.1f} s: {first}")
+        try:
+            member, seconds = _login(ctx, door)
+        except (OSError, smtplib.SMTPException, Failed) as second:
+            raise Failed(f"{door}: two logins in a row failed: {first}; {second}") from second
+        seconds, retried = max(seconds, wasted), True
+    expect(seconds <= PATIENCE, f"{door}: a login took {seconds:.1f} s")
+    return member, seconds, retried
+
+
+def _all_reach(ctx: Context, member: str) -> float:
+    reached = set(each(frontend_doors(ctx), lambda door: _login(ctx, door)[0]))
+    expect(reached == {member}, f"logins reach {', '.join(sorted(reached))}")
+    return time.monotonic()
+
+
+@check("EDGE-2", quick=True)
+def clients_are_known(ctx: Context) -> str:
+    """The real client address reaches logs and mail; nobody else may claim one."""
+    lab = ctx.lab
+    domain = ctx.sending_domains[0]
+    known = each(frontend_doors(ctx), lambda door: _is_known(ctx, door, domain))
+    strangers: list[Observer] = [
+        *(o for o in (ctx.internet, ctx.office, ctx.local) if o is not None),
+        *(lab.machine(m).observer for m in ctx.members),
+    ]
+    tries = [
+        Door(client, m.name, address, m)
+        for observer in strangers
+        for client in (observer.client(),)
+        for m in ctx.members
+        for address in ctx.internal(m)
+        if observer.place != m.name
+    ]
+    each(tries, lambda door: _cannot_claim(ctx, door), workers=32)
+    each(frontend_doors(ctx)[:2], lambda door: _cannot_smuggle(ctx, door))
+    insiders = [
+        (Door(client, m.name, address, m), port)
+        for f in ctx.frontends
+        for client in (lab.machine(f).observer.client(),)
+        for m in ctx.members
+        for address in ctx.internal(m)
+        for port in (SUBMISSION, SUBMISSION_PROXY)
+    ]
+    each(insiders, lambda case: _is_no_relay(ctx, *case), workers=16)
+    return (
+        f"client addresses in Postfix's and Dovecot's logs and in Received on {len(known)} ways; "
+        f"PROXY headers refused on {len(tries)} ways from elsewhere; the {len(ctx.frontends)} "
+        "frontends may not relay"
+    )
+
+
+def _is_known(ctx: Context, door: Door, domain: str) -> IPAddress:
+    """A login, a wrong password and a mail through ``door`` show the client's own address."""
+    lab = ctx.lab
+    address = door.client.source(door.address)
+    assert address is not None
+    with door.session(ctx) as session:
+        member = session.banner.inner
+        session.secure(ctx.tls(), ctx.platform.names.smtp_out)
+        session.authenticate(ctx.probe.user, "wrong")
+    mail = letter(f"{{token}}@{domain}", f"{{token}}@{lab.world.domain('generic')}")
+    submit(ctx, door, mail)
+    arrived = lab.world.arrival("generic", mail.recipient, 10.0)
+    shown = f"[{address}]" if address.version == 4 else f"[IPv6:{address}]"
+    received = arrived.header("Received")
+    expect(
+        any(shown in line for line in received),
+        f"{door}: Received shows another client than {shown}: {' / '.join(received)}",
+    )
+    machine = lab.machine(ctx.platform.hosts[member])
+
+    def logged(unit: str, what: str) -> None:
+        expect(
+            machine.logged(unit, str(address)),
+            f"{door}: {what} on {member} does not show the client {address}",
+        )
+
+    eventually(lambda: logged("postfix", "Postfix's journal"), seconds=5)
+    eventually(lambda: logged("dovecot", "Dovecot's journal (a wrong password)"), seconds=5)
+    return address
+
+
+def _proxy_header(source: IPAddress, target: IPAddress) -> bytes:
+    """PROXY protocol version 1 (haproxy.org, proxy-protocol.txt, section 2.1)."""
+    kind = "TCP4" if source.version == 4 else "TCP6"
+    return f"PROXY {kind} {source} {target} 40000 {SUBMISSION}\r\n".encode("ascii")
+
+
+def _loopback(address: IPAddress) -> IPAddress:
+    """What a forger would claim to be: a member of mynetworks."""
+    return IPv4Address("127.0.0.1") if address.version == 4 else type(address)("::1")
+
+
+def _cannot_claim(ctx: Context, door: Door) -> None:
+    """A PROXY header from a stranger is refused, on the PROXY port and on the direct one."""
+    header = _proxy_header(_loopback(door.address), door.address)
+    with (
+        suppress(OSError),
+        Session(
+            door.client, door.address, SUBMISSION_PROXY, say=ctx.say, preamble=header, timeout=2.0
+        ) as session,
+    ):
+        raise Failed(
+            f"{door}: port {SUBMISSION_PROXY} takes a PROXY header and answers {session.greeting!r}"
+        )
+    # The direct port, where it is reachable, takes the header for a command and not for an address.
+    try:
+        opened = Session(
+            door.client, door.address, SUBMISSION, say=ctx.say, preamble=header, timeout=3.0
+        )
+    except (OSError, Refused):
+        return
+    with opened as session:
+        code, text = _next_reply(session)
+        expect(
+            code in (-1, 221, 421) or code >= 500,
+            f"{door}: a PROXY header on the direct port is answered with {code} {text}",
+        )
+
+
+def _next_reply(session: Session) -> tuple[int, str]:
+    try:
+        code, text = session.getreply()
+    except (OSError, smtplib.SMTPException):
+        return -1, "connection closed"
+    return code, text.decode("ascii", "replace")
+
+
+def _cannot_smuggle(ctx: Context, door: Door) -> None:
+    """A header that a client sends through a frontend is no header any more."""
+    header = _proxy_header(_loopback(door.address), door.address)
+    try:
+        opened = Session(
+            door.client, door.address, SUBMISSION, say=ctx.say, preamble=header, timeout=5.0
+        )
+    except (OSError, Refused):
+        return
+    with opened as session:
+        code, text = _next_reply(session)
+        expect(
+            code in (-1, 221, 421) or code >= 500,
+            f"{door}: a client's own PROXY header is answered with {code} {text}",
+        )
+        if code in (-1, 221, 421):
+            return
+        with suppress(OSError, smtplib.SMTPException):
+            session.secure(ctx.tls(), ctx.platform.names.smtp_out)
+            code, text = session.envelope(ctx.probe.sender, _elsewhere(ctx))
+            expect(code >= 500, f"{door}: a claimed address may relay: {code} {text}")
+
+
+def _is_no_relay(ctx: Context, door: Door, port: int) -> None:
+    """A frontend that submits a mail of its own, without AUTH, is refused like anybody."""
+    source = door.client.source(door.address) or _own_address(door)
+    preamble = _proxy_header(source, door.address) if port == SUBMISSION_PROXY else b""
+    try:
+        session = Session(
+            door.client, door.address, port, say=ctx.say, preamble=preamble, timeout=3.0
+        )
+    except OSError:
+        expect(
+            port == SUBMISSION,
+            f"{door}: port {port} does not answer a frontend",
+        )
+        return
+    with session:
+        session.secure(ctx.tls(), ctx.platform.names.smtp_out)
+        code, text = session.envelope(ctx.probe.sender, _elsewhere(ctx))
+        expect(
+            500 <= code < 600,
+            f"{door}, port {port}: a frontend relays without AUTH: {code} {text}",
+        )
+
+
+def _own_address(door: Door) -> IPAddress:
+    """The address that the place connects from, as its kernel chooses it."""
+    kind = AF_INET if door.address.version == 4 else AF_INET6
+    with door.client.open_socket(kind, SOCK_DGRAM) as probe:
+        probe.connect((str(door.address), 9))
+        return ip_address(probe.getsockname()[0])
+
+
+def _elsewhere(ctx: Context) -> str:
+    return f"relay-probe@{ctx.lab.world.domain('strict')}"
+
+
+@check("EDGE-3", disruptive=True)
+def frontends_are_independent(ctx: Context) -> str:
+    """Every frontend serves both families, and losing one leaves the others serving."""
+    each(frontend_doors(ctx), lambda door: _login(ctx, door))
+    lost = []
+    for frontend in ctx.frontends:
+        machine = ctx.lab.machine(frontend)
+        machine.kill()
+        try:
+            gone = [d for d in frontend_doors(ctx) if d.name == frontend.name]
+            others = [d for d in frontend_doors(ctx) if d.name != frontend.name]
+            each(gone, lambda door: _is_gone(door))
+            each(others, lambda door: _login(ctx, door))
+        finally:
+            machine.start()
+        mine = [d for d in frontend_doors(ctx) if d.name == frontend.name]
+        eventually(
+            partial(each, mine, lambda door: _login(ctx, door)),
+            seconds=60,
+            every=0.5,
+            what=f"{frontend.name} to serve again",
+        )
+        lost.append(frontend.name)
+    return (
+        f"{len(ctx.doors)} addresses serve; lost in turn: {', '.join(lost)}; the others served "
+        "both families, and each came back"
+    )
+
+
+def _is_gone(door: Door) -> None:
+    try:
+        door.client.connect(door.address, SUBMISSION, timeout=1.0).close()
+    except OSError:
+        return
+    raise Failed(f"{door}: answers though the frontend is dead")
+
+
+@check("EDGE-4", quick=True, alone=True)
+def neighbours_are_left_alone(ctx: Context) -> str:
+    """A foreign website and firewall table on the frontends outlive the role, and work."""
+    lab = ctx.lab
+    for frontend in ctx.frontends:
+        _foreign_things_work(ctx, frontend)
+    frontend = ctx.frontends[-1]
+    machine = lab.machine(frontend)
+    without_us = _without_the_role(ctx, frontend)
+    ours = _paths(ctx.platform, frontend) | _paths(without_us, frontend)
+    foreign = machine.foreign_state(ours)
+    try:
+        machine.apply(without_us)
+        _expect_same(frontend, foreign, machine.foreign_state(ours), "the role was removed")
+        _foreign_things_work(ctx, frontend)
+        for door in frontend_doors(ctx):
+            if door.name == frontend.name:
+                _is_gone(door)
+    finally:
+        machine.apply(ctx.platform)
+    _expect_same(frontend, foreign, machine.foreign_state(ours), "the role came back")
+    _foreign_things_work(ctx, frontend)
+    each(
+        [d for d in frontend_doors(ctx) if d.name == frontend.name],
+        lambda door: _login(ctx, door),
+    )
+    return (
+        f"website and firewall table of {len(ctx.frontends)} frontends work and are as the "
+        f"operator left them, on {frontend.name} also with the role removed and back again"
+    )
+
+
+def _without_the_role(ctx: Context, frontend: Host) -> Platform:
+    """The site data as it is when the operator takes the role from ``frontend``."""
+    roles = tuple(r for r in frontend.roles if r is not Role.FRONTEND) or (Role.SERVER,)
+    without = frontend.model_copy(update={"roles": roles})
+    hosts = {**ctx.platform.hosts, frontend.name: without}
+    return ctx.platform.model_copy(update={"hosts": hosts})
+
+
+def _paths(platform: Platform, host: Host) -> set[str]:
+    """Every path on ``host`` that is the platform's."""
+    bundle = compose(platform, platform.hosts[host.name])
+    return {*bundle.files, *bundle.secret_files, *(m.output for m in bundle.maps)}
+
+
+def _expect_same(frontend: Host, one: dict[str, str], other: dict[str, str], when: str) -> None:
+    changed = sorted(k for k in one.keys() | other.keys() if one.get(k) != other.get(k))
+    expect(not changed, f"{frontend.name}: changed when {when}: {', '.join(changed[:5])}")
+
+
+def _foreign_things_work(ctx: Context, frontend: Host) -> str:
+    """The operator's own website answers in both families, and his firewall table is loaded."""
+    pages = []
+    for address in ctx.public(frontend):
+        client = ctx.internet.client()
+        connection = http.client.HTTPConnection(str(address), timeout=5)
+        try:
+            connection.sock = client.connect(address, 80)
+            connection.request("GET", "/")
+            reply = connection.getresponse()
+            pages.append((reply.status, reply.read()))
+        except OSError as error:
+            raise Failed(
+                f"{frontend.name} [{address}]: the operator's website does not answer: {error}"
+            ) from error
+        finally:
+            connection.close()
+    status, page = pages[0]
+    expect(
+        status == http.client.OK and page and all(other == pages[0] for other in pages),
+        f"{frontend.name}: the operator's website answers {', '.join(str(s) for s, _ in pages)}",
+    )
+    tables = ctx.lab.machine(frontend).foreign_tables()
+    expect(tables, f"{frontend.name}: no firewall table but the platform's is loaded")
+    return page.decode("utf-8", "replace")

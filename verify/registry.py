@@ -1,0 +1,192 @@
+"""The list of checks: which there are, when each runs, and in which order.
+
+A check is a function of a :class:`verify.context.Context` that returns what it observed, in one
+line, or raises :class:`Failed` or :class:`Skipped`::
+
+    @check("OUT-1", live=True)
+    def submission_answers(ctx: Context) -> str:
+        \"\"\"Submission answers through every frontend.\"\"\"
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from verify.context import Context
+
+SECTIONS = (
+    "OUT", "IN", "SPAM", "BOX", "WEB", "EDGE", "CLIENT", "CERT", "DNS", "HOST", "CHANGE", "HA",
+)  # fmt: skip
+"""Sections of the contract, in its order."""
+
+_ID = re.compile(r"([A-Z]+)-([1-9][0-9]*)")
+
+Function = Callable[["Context"], str]
+
+
+class Failed(Exception):
+    """What was observed is not what the contract says. The message says both."""
+
+
+class Skipped(Exception):
+    """The check cannot be made here. The message says why, and what it would need."""
+
+
+class Mode(StrEnum):
+    """Which checks a run is for."""
+
+    QUICK = "quick"
+    ALL = "all"
+    LIVE = "live"
+
+
+class Phase(StrEnum):
+    """When a check runs within a run. Members stand in that order."""
+
+    TOGETHER = "together"
+    """Only looks, and sends mail: runs beside others."""
+    ALONE = "alone"
+    """Changes something for a moment and puts it back: nothing runs beside it."""
+    DISRUPTIVE = "disruptive"
+    """Takes machines away: alone, and after everything else."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the contract.
+
+    Attributes:
+        id: The row's id, such as ``OUT-1``.
+        function: Makes the check.
+        live: Suits a live platform.
+        quick: Belongs to the quick set of a rehearsal; live checks always do.
+        phase: When it runs.
+    """
+
+    id: str
+    function: Function
+    live: bool
+    quick: bool
+    phase: Phase
+
+    @property
+    def title(self) -> str:
+        """The first line of the function's docstring, without its full stop."""
+        return (self.function.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Sorts by phase, then as the contract does."""
+        return (list(Phase).index(self.phase), *contract_order(self.id))
+
+    def belongs_to(self, mode: Mode) -> bool:
+        match mode:
+            case Mode.LIVE:
+                return self.live
+            case Mode.QUICK:
+                return self.live or self.quick
+            case Mode.ALL:
+                return True
+
+
+def contract_order(identifier: str) -> tuple[int, int]:
+    """Sort key of an id: its section's place in the contract, then its number.
+
+    Raises:
+        ValueError: The id is none of the contract's.
+    """
+    match = _ID.fullmatch(identifier)
+    if match is None or match[1] not in SECTIONS:
+        raise ValueError(f"{identifier!r} is no id of the contract; write one like 'OUT-1'")
+    return SECTIONS.index(match[1]), int(match[2])
+
+
+class Registry:
+    """Checks by id. An id has one check."""
+
+    def __init__(self) -> None:
+        self._checks: dict[str, Check] = {}
+
+    def check(
+        self,
+        identifier: str,
+        *,
+        live: bool = False,
+        quick: bool = False,
+        alone: bool = False,
+        disruptive: bool = False,
+    ) -> Callable[[Function], Function]:
+        """Register the decorated function as the check of ``identifier``.
+
+        Args:
+            identifier: Id of the contract's row.
+            live: Suits a live platform.
+            quick: Belongs to the quick set of a rehearsal.
+            alone: Changes something and puts it back: nothing may run beside it.
+            disruptive: Takes machines away: runs alone, after everything else.
+
+        Raises:
+            ValueError: The id is none of the contract's, has a check already, or the function
+                has no docstring; or a check that would disturb is to be run live.
+        """
+        contract_order(identifier)
+        if live and (alone or disruptive):
+            raise ValueError(f"{identifier}: a live check must not disturb the platform")
+        phase = Phase.DISRUPTIVE if disruptive else Phase.ALONE if alone else Phase.TOGETHER
+
+        def register(function: Function) -> Function:
+            if identifier in self._checks:
+                other = self._checks[identifier].function
+                raise ValueError(
+                    f"{identifier} has a check already: {other.__module__}.{other.__qualname__}"
+                )
+            added = Check(identifier, function, live, quick, phase)
+            if not added.title:
+                raise ValueError(f"{identifier}: {function.__qualname__} needs a docstring")
+            self._checks[identifier] = added
+            return function
+
+        return register
+
+    def __getitem__(self, identifier: str) -> Check:
+        """The check of ``identifier``.
+
+        Raises:
+            LookupError: There is none; the message lists those that there are.
+        """
+        try:
+            return self._checks[identifier]
+        except KeyError:
+            there = " ".join(sorted(self._checks, key=contract_order))
+            raise LookupError(f"there is no check {identifier!r}; there are: {there}") from None
+
+    def all(self) -> tuple[Check, ...]:
+        """Every check, in the order in which a run makes them."""
+        return tuple(sorted(self._checks.values(), key=lambda c: c.order))
+
+    def select(self, mode: Mode, only: Iterable[str] = ()) -> tuple[Check, ...]:
+        """The checks of a run in the order to make them: those of ``mode``, or just ``only``.
+
+        Raises:
+            LookupError: An id of ``only`` has no check.
+            ValueError: An id of ``only`` does not suit a live platform, and ``mode`` is live.
+        """
+        wanted = {self[identifier].id for identifier in only}
+        if mode is Mode.LIVE:
+            unfit = sorted(i for i in wanted if not self[i].live)
+            if unfit:
+                raise ValueError(f"{', '.join(unfit)}: not for a live platform")
+        if wanted:
+            return tuple(c for c in self.all() if c.id in wanted)
+        return tuple(c for c in self.all() if c.belongs_to(mode))
+
+
+checks = Registry()
+"""The project's checks."""
+
+check = checks.check

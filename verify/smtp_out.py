@@ -1,0 +1,713 @@
+"""OUT: what users and remote mail servers see of the submission service and its mail."""
+
+from __future__ import annotations
+
+import smtplib
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+
+from mailsite.model import Host, IPAddress, NetworkKind, TlsLevel
+from verify import mailauth
+from verify.client import Client, Observer
+from verify.context import (
+    SUBMISSION,
+    Context,
+    each,
+    eventually,
+    expect,
+)
+from verify.lab import Mail
+from verify.lookup import family
+from verify.registry import Failed, Skipped, check
+from verify.smtp import Letter, Refused, Session, letter
+
+PROMPT = 10.0
+"""Seconds in which a mail that nothing holds up reaches the remote server."""
+
+
+@dataclass(frozen=True)
+class Door:
+    """A way to the submission service: who connects, and to which address."""
+
+    client: Client
+    name: str
+    address: IPAddress
+    member: Host | None = None
+    """The member behind it where it is reached directly; None behind a frontend."""
+
+    def session(self, ctx: Context, port: int = SUBMISSION, preamble: bytes = b"") -> Session:
+        return Session(self.client, self.address, port, say=ctx.say, preamble=preamble)
+
+    def __str__(self) -> str:
+        return f"{self.name} [{self.address}] from {self.client.place}"
+
+
+def frontend_doors(ctx: Context, observer: Observer | None = None) -> list[Door]:
+    """Every frontend address in each family, each with a client of its own."""
+    place = observer or ctx.internet
+    return [Door(place.client(), name, address) for name, address in ctx.doors]
+
+
+def member_doors(ctx: Context, observer: Observer | None = None) -> list[Door]:
+    """Every member's internal address in each family, from a site-local network.
+
+    One client does for all of them: each member counts by itself.
+    """
+    place = observer or ctx.local
+    if place is None:
+        return []
+    client = place.client()
+    return [
+        Door(client, member.name, address, member)
+        for member in ctx.members
+        for address in ctx.internal(member)
+    ]
+
+
+def member_door(ctx: Context, member: Host, client: Client | None = None) -> Door:
+    """A member's first internal address, from a client of its own in a site-local network."""
+    if ctx.local is None:
+        raise Skipped("needs an observer in a site-local network")
+    return Door(client or ctx.local.client(), member.name, ctx.internal(member)[0], member)
+
+
+def enter(ctx: Context, door: Door, user: str = "", password: str = "") -> Session:
+    """Open a session through ``door``, secure it and log in.
+
+    Raises:
+        Failed: Any of it is refused.
+    """
+    session = door.session(ctx)
+    try:
+        session.secure(ctx.tls(), ctx.platform.names.smtp_out)
+        code, text = session.authenticate(user or ctx.probe.user, password or ctx.probe.password)
+        expect(code == 235, f"{door}: the right password is answered with {code} {text}")
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def submit(ctx: Context, door: Door, mail: Letter) -> str:
+    """Submit a mail as the probe account. Returns the server's words.
+
+    Raises:
+        Failed: It is not accepted.
+    """
+    with enter(ctx, door) as session:
+        code, text = session.submit(mail.sender, [mail.recipient], mail.content)
+        expect(code == 250, f"{door}: mail from {mail.sender} is answered with {code} {text}")
+        return text
+
+
+@check("OUT-1", live=True)
+def submission_answers(ctx: Context) -> str:
+    """Submission answers through every frontend and at every member, AUTH only after STARTTLS."""
+    public = ctx.platform.names.smtp_out
+    behind = {a for _, a in ctx.doors}
+    resolved = ctx.lookup.addresses(public)
+    expect(
+        resolved == behind,
+        f"{public} resolves to {_sorted(resolved)}, the frontends have {_sorted(behind)}",
+    )
+    members = {m.name for m in ctx.members}
+
+    def look(door: Door) -> str:
+        with door.session(ctx) as session:
+            banner = session.banner
+            expect(
+                banner.name == public,
+                f"{door}: the banner shows {banner.name!r}, not {public!r}",
+            )
+            wanted = {door.member.name} if door.member else members
+            expect(
+                banner.inner in wanted,
+                f"{door}: the banner has {banner.inner!r} in parentheses, "
+                f"not {' or '.join(sorted(wanted))}",
+            )
+            session.ehlo()
+            expect(not session.has_extn("auth"), f"{door}: AUTH is offered before TLS")
+            expect(session.has_extn("starttls"), f"{door}: STARTTLS is not offered")
+            secured = session.secure(ctx.tls(), public)
+            expect(
+                secured.version() in ("TLSv1.2", "TLSv1.3"),
+                f"{door}: speaks {secured.version()}",
+            )
+            offered = session.esmtp_features.get("auth", "").upper().split()
+            expect("PLAIN" in offered, f"{door}: after TLS, AUTH offers {offered or 'nothing'}")
+        return banner.inner
+
+    doors = frontend_doors(ctx) + member_doors(ctx)
+    served = each(doors, look)
+    through = sorted({s for s, d in zip(served, doors, strict=True) if d.member is None})
+    direct = (
+        "members not reachable from here"
+        if ctx.local is None
+        else (f"{len(ctx.members)} members directly in both families")
+    )
+    return (
+        f"{public}: {len(ctx.doors)} frontend addresses lead to {', '.join(through)}; {direct}; "
+        "certificate verified, AUTH only after STARTTLS"
+    )
+
+
+def _sorted(addresses: set[IPAddress]) -> str:
+    return " ".join(sorted(str(a) for a in addresses)) or "nothing"
+
+
+@check("OUT-2", live=True)
+def only_users_may_send(ctx: Context) -> str:
+    """Only the right password opens the relay, from wherever one connects."""
+    probe = ctx.probe
+    recipient = f"relay-probe@{_outside_domain(ctx)}"
+
+    def passwords(door: Door) -> None:
+        with door.session(ctx) as session:
+            session.ehlo()
+            code, text = session.authenticate(probe.user, probe.password)
+            expect(
+                500 <= code < 600 or code == 0,
+                f"{door}: AUTH in plain text before TLS is answered with {code} {text}",
+            )
+            code, text = session.envelope(probe.sender, recipient)
+            expect(
+                code >= 500, f"{door}: MAIL in plain text before TLS is answered with {code} {text}"
+            )
+        with door.session(ctx) as session:
+            session.secure(ctx.tls(), ctx.platform.names.smtp_out)
+            code, text = session.authenticate(probe.user, probe.password + "x")
+            expect(code == 535, f"{door}: a wrong password is answered with {code} {text}")
+            code, text = session.authenticate(probe.user, "")
+            expect(code in (501, 535), f"{door}: an empty password is answered with {code} {text}")
+            _expect_refused(session, probe.sender, recipient, f"{door}, after a wrong password")
+            code, text = session.authenticate(probe.user, probe.password)
+            expect(code == 235, f"{door}: the right password is answered with {code} {text}")
+            code, text = session.envelope(probe.sender, recipient)
+            expect(code == 250, f"{door}: a user's mail is answered with {code} {text}")
+
+    def relay(door: Door) -> bool:
+        try:
+            session = door.session(ctx)
+        except Refused as refused:
+            raise Failed(f"{door}: does not greet, so nothing is shown: {refused}") from refused
+        except OSError:
+            return False  # not even reachable from there
+        with session:
+            session.secure(ctx.tls(), ctx.platform.names.smtp_out)
+            _expect_refused(session, probe.sender, recipient, str(door))
+        return True
+
+    doors = frontend_doors(ctx) + member_doors(ctx)
+    strangers = frontend_doors(ctx)
+    if not ctx.is_live:
+        strangers += [d for o in (ctx.office, ctx.local) if o for d in frontend_doors(ctx, o)]
+        insiders = [ctx.lab.machine(h).observer for h in (*ctx.members, *ctx.frontends)]
+        strangers += [
+            d
+            for o in (ctx.internet, ctx.office, ctx.local, *insiders)
+            if o
+            for d in member_doors(ctx, o)
+            if d.member is None or o.place != d.member.name
+        ]
+    each(doors, passwords)
+    reached = each(strangers, relay, workers=16)
+    expect(all(reached[: len(ctx.doors)]), "a frontend does not answer")
+    places = sorted({d.client.place for d, r in zip(strangers, reached, strict=True) if r})
+    return (
+        f"{len(doors)} ways in: right password accepted; wrong, empty and plain-text ones refused; "
+        f"relay without AUTH refused on {sum(reached)} ways from {', '.join(places)}"
+    )
+
+
+def _expect_refused(session: Session, sender: str, recipient: str, where: str) -> None:
+    code, text = session.envelope(sender, recipient)
+    expect(
+        500 <= code < 600,
+        f"{where}: relay without AUTH to {recipient} is answered with {code} {text}",
+    )
+    with suppress(smtplib.SMTPException):
+        session.rset()
+
+
+def _outside_domain(ctx: Context) -> str:
+    """A domain that is not the platform's."""
+    if ctx.is_live:
+        return "example.com"
+    return ctx.lab.world.domain("strict")
+
+
+@check("OUT-3", quick=True, alone=True)
+def mail_is_signed(ctx: Context) -> str:
+    """One valid, aligned DKIM signature for each domain, for bounces too, or nothing leaves."""
+    lab = ctx.lab
+    domains = ctx.sending_domains[:4]
+    expect(domains, "no domain of the site data has a DKIM key that signs")
+    subdomain = f"probe.{domains[0]}"
+    door = frontend_doors(ctx)[0]
+    strict = lab.world.domain("strict")
+
+    def signed(author: str) -> Mail:
+        mail = letter(f"{{token}}@{author}", f"{{token}}@{strict}")
+        submit(ctx, Door(ctx.internet.client(), door.name, door.address), mail)
+        arrived = lab.world.arrival("strict", mail.recipient, PROMPT)
+        _expect_signed(ctx, arrived, author)
+        return arrived
+
+    authors = [*domains, subdomain]
+    each(authors, signed, workers=3)
+    bounce = _bounce_of(ctx, domains[0])
+    helo = ctx.platform.names.smtp_out
+    _expect_signed(ctx, bounce, mailauth.author_domain(bounce.raw))
+    without = _with_the_signer_stopped(ctx, ctx.members[-1], domains[0])
+    return (
+        f"one valid relaxed/relaxed signature on mail of {', '.join(authors)} and on the bounce "
+        f"of {helo}; {without}"
+    )
+
+
+def _expect_signed(ctx: Context, mail: Mail, author: str) -> None:
+    """Exactly one DKIM signature, as the contract words it, and DMARC's alignment."""
+    found = mailauth.signatures(ctx.lookup, mail.raw)
+    expect(len(found) == 1, f"mail of {author} arrived with {len(found)} DKIM signatures")
+    one = found[0]
+    expect(one.valid, f"mail of {author}: signature of {one.domain}: {one.error}")
+    expect(
+        mailauth.author_domain(mail.raw) == author,
+        f"mail of {author} arrived as from {mailauth.author_domain(mail.raw)}",
+    )
+    expect(
+        author == one.domain or author.endswith(f".{one.domain}"),
+        f"mail of {author}: d={one.domain} is not aligned with From",
+    )
+    domain = ctx.platform.domains.get(one.domain)
+    expect(domain, f"mail of {author}: d={one.domain} is no domain of the site data")
+    key = domain.signing_key if domain else None
+    expect(
+        key is not None and one.selector == key.selector,
+        f"mail of {author}: selector {one.selector}, the site data has "
+        f"{key.selector if key else 'none'}",
+    )
+    expect(
+        one.canonicalization == "relaxed/relaxed",
+        f"mail of {author}: canonicalization {one.canonicalization}, not relaxed/relaxed",
+    )
+    expect(one.algorithm == "rsa-sha256", f"mail of {author}: algorithm {one.algorithm}")
+    missing = {"from", "to", "subject", "date"} - set(one.headers)
+    expect(not missing, f"mail of {author}: {', '.join(sorted(missing))} not signed")
+
+
+def _bounce_of(ctx: Context, domain: str) -> Mail:
+    """Send a mail that the remote server refuses, and return the bounce that its author gets."""
+    world = ctx.lab.world
+    mail = letter(f"{{token}}@{domain}", f"{{token}}@{world.domain('refusing')}")
+    submit(ctx, frontend_doors(ctx)[0], mail)
+    bounce = world.arrival("home", mail.sender, PROMPT)
+    expect(bounce.mail_from == "", f"the bounce has the envelope sender {bounce.mail_from!r}")
+    text = bounce.raw.decode("ascii", "replace").lower()
+    expect("action: failed" in text, "the bounce does not say 'Action: failed' (RFC 3464)")
+    expect(mail.recipient.lower() in text, f"the bounce does not name {mail.recipient}")
+    return bounce
+
+
+def _with_the_signer_stopped(ctx: Context, member: Host, domain: str) -> str:
+    """Stop OpenDKIM on ``member``: nothing may leave unsigned, and all of it leaves later."""
+    lab = ctx.lab
+    machine = lab.machine(member)
+    strict = lab.world.domain("strict")
+    client = member_door(ctx, member).client
+
+    def door() -> Door:
+        return member_door(ctx, member, client)
+
+    submitted = letter(f"{{token}}@{domain}", f"{{token}}@{strict}")
+    local = letter(f"{{token}}@{domain}", f"{{token}}@{strict}")
+    refused = letter(f"{{token}}@{domain}", f"{{token}}@{lab.world.domain('refusing')}")
+    # A mail that is in the queue already, whose bounce must be made while nothing can sign.
+    with lab.world.behaving("refusing", "defer"):
+        submit(ctx, door(), refused)
+        eventually(
+            lambda: machine.deferral(refused.recipient),
+            seconds=PROMPT,
+            what="the mail to wait in the queue",
+        )
+        machine.run("systemctl", "stop", "opendkim.service")
+        try:
+            with enter(ctx, door()) as session:
+                code, text = session.submit(
+                    submitted.sender, [submitted.recipient], submitted.content
+                )
+                expect(
+                    400 <= code < 500,
+                    f"{member.name}: without OpenDKIM a mail is answered with {code} {text}",
+                )
+            machine.run(
+                "sendmail", "-i", "-f", local.sender, local.recipient,
+                input=local.content.replace(b"\r\n", b"\n"),
+            )  # fmt: skip
+            lab.world.set("refusing", "refuse")
+            machine.run("postqueue", "-f")
+            eventually(
+                lambda: expect(
+                    any(
+                        r.startswith("550")
+                        for r in lab.world.replies("refusing", refused.recipient)
+                    ),
+                    "not refused yet",
+                ),
+                seconds=PROMPT,
+                what="the remote server's refusal",
+            )
+            _expect_nothing(ctx, "strict", local.recipient, 2.0)
+            _expect_nothing(ctx, "strict", submitted.recipient, 0.0)
+            _expect_nothing(ctx, "home", refused.sender, 0.0)
+        finally:
+            machine.run("systemctl", "start", "opendkim.service")
+    # The client tries again, as clients do; what the queue holds is hurried along.
+    eventually(
+        lambda: submit(ctx, door(), submitted),
+        seconds=PROMPT,
+        what="OpenDKIM to sign again",
+        every=0.3,
+    )
+    machine.hurry()
+    late = [
+        ("strict", submitted.recipient),
+        ("strict", local.recipient),
+        ("home", refused.sender),
+    ]
+    for mx, recipient in late:
+        arrived = lab.world.arrival(mx, recipient, 20.0, poke=machine.hurry)
+        _expect_signed(ctx, arrived, mailauth.author_domain(arrived.raw))
+    return (
+        f"with OpenDKIM stopped on {member.name} a submission is deferred, a local mail and a "
+        "bounce wait, and all three leave signed afterwards"
+    )
+
+
+def _expect_nothing(ctx: Context, mx: str, recipient: str, seconds: float) -> None:
+    """No mail for ``recipient`` may reach ``mx`` for ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = ctx.lab.world.mails(mx, recipient)
+        expect(not found, f"a mail for {recipient} left though nothing could sign it")
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(0.2)
+
+
+@check("OUT-4", quick=True)
+def senders_are_authorized(ctx: Context) -> str:
+    """SPF passes for the address that each mail came from, in both families, and so does DMARC."""
+    domain = ctx.sending_domains[0]
+    seen: set[IPAddress] = set()
+
+    def look(member: Host) -> None:
+        versions: set[int] = set()
+        for _ in range(16):  # which family a delivery takes is Postfix's throw of a coin
+            arrived = _delivered(ctx, member, domain)
+            _expect_authorized(ctx, member, domain, arrived)
+            versions.add(arrived.peer.version)
+            seen.add(arrived.peer)
+            if versions == {4, 6}:
+                return
+        raise Failed(f"{member.name}: 16 mails all left over IPv{versions.pop()}")
+
+    each(ctx.members, look)
+    return (
+        f"mail of {len(ctx.members)} members from {_sorted(seen)}: SPF and DMARC pass, SPF and "
+        "DKIM aligned"
+    )
+
+
+def _delivered(ctx: Context, member: Host, domain: str) -> Mail:
+    """Send a mail through ``member``. Returns it as the remote server got it."""
+    world = ctx.lab.world
+    mail = letter(f"{{token}}@{domain}", f"{{token}}@{world.domain('generic')}")
+    submit(ctx, member_door(ctx, member), mail)
+    return world.arrival("generic", mail.recipient, PROMPT)
+
+
+def _expect_authorized(ctx: Context, member: Host, domain: str, arrived: Mail) -> None:
+    where = f"{member.name} over {family(arrived.peer)}"
+    allowed = _leaves_from(ctx, member, arrived.peer.version)
+    expect(
+        arrived.peer in allowed,
+        f"{where}: the mail came from {arrived.peer}, not from {_sorted(allowed)}",
+    )
+    judged = mailauth.check_spf(ctx.lookup, arrived.peer, arrived.mail_from, arrived.helo)
+    expect(
+        judged.result == "pass",
+        f"{where}: SPF of {arrived.mail_from} from {arrived.peer}: "
+        f"{judged.result} ({judged.reason})",
+    )
+    verdict = mailauth.check_dmarc(
+        ctx.lookup,
+        lambda name: _organization(ctx, name),
+        arrived.raw,
+        arrived.mail_from,
+        judged,
+        mailauth.signatures(ctx.lookup, arrived.raw),
+    )
+    if verdict is None:
+        raise Failed(f"{where}: {domain} publishes no DMARC policy")
+    expect(
+        set(verdict.through) == {"spf", "dkim"},
+        f"{where}: DMARC of {domain} passes through {', '.join(verdict.through) or 'nothing'}, "
+        "not through SPF and DKIM",
+    )
+
+
+def _leaves_from(ctx: Context, member: Host, version: int) -> set[IPAddress]:
+    """The addresses that the outside may see of a member: its own public ones, else the NAT's."""
+    own = {a for a in ctx.public(member) if a.version == version}
+    if own and ctx.platform.network_of(member.interfaces[0]).kind is NetworkKind.PUBLIC:
+        return own
+    egress = ctx.platform.egress.values()
+    return {a for e in egress for a in (e.ipv4, e.ipv6) if a.version == version}
+
+
+def _organization(ctx: Context, name: str) -> str:
+    """Organizational domain: the site data's domain that ``name`` is in, else two labels."""
+    inside = [d for d in ctx.platform.domains if name == d or name.endswith(f".{d}")]
+    return min(inside, key=len) if inside else ".".join(name.split(".")[-2:])
+
+
+@check("OUT-5")
+def late_mail_is_not_lost(ctx: Context) -> str:
+    """A remote that defers or is down gets the mail later, each once; a refusal bounces."""
+    lab = ctx.lab
+    world = lab.world
+    domain = ctx.sending_domains[0]
+    doors = [member_door(ctx, m) for m in ctx.members]
+
+    def hurry() -> None:
+        for member in ctx.members:
+            lab.machine(member).hurry()
+
+    observed = []
+    for mode, words in (("defer", "answers 4xx"), ("down", "is down")):
+        with world.behaving("flaky", mode):
+            mails = [letter(f"{{token}}@{domain}", f"{{token}}@{world.domain('flaky')}")
+                     for _ in range(2 * len(doors))]  # fmt: skip
+            for number, mail in enumerate(mails):
+                submit(ctx, doors[number % len(doors)], mail)
+
+            def waits(mails: list[Letter] = mails) -> None:
+                waiting = _recipients(ctx, "deferred")
+                missing = [m.recipient for m in mails if m.recipient not in waiting]
+                expect(not missing, f"not deferred: {', '.join(missing)}")
+
+            eventually(waits, seconds=30, what=f"mail to a remote that {words}", every=0.5)
+            early = [m.recipient for m in mails if world.mails("flaky", m.recipient)]
+            expect(not early, f"delivered though the remote {words}: {', '.join(early)}")
+        with world.behaving("flaky", "accept"):
+            for mail in mails:
+                arrived = world.arrival(
+                    "flaky", mail.recipient, 60.0,
+                    poke=hurry,
+                )  # fmt: skip
+                expect(mail.token.encode() in arrived.raw, f"{mail.recipient}: another mail")
+
+            def empty(mails: list[Letter] = mails) -> None:
+                queued = _recipients(ctx)
+                left = [m.recipient for m in mails if m.recipient in queued]
+                expect(not left, f"still queued: {', '.join(left)}")
+
+            eventually(empty, seconds=10, what="the queues to be empty")
+            copies = {m.recipient: len(world.mails("flaky", m.recipient)) for m in mails}
+            twice = [r for r, n in copies.items() if n != 1]
+            expect(not twice, f"not exactly once: {', '.join(twice)}")
+        observed.append(f"{len(mails)} mails waited while a remote {words} and arrived once each")
+    _bounce_of(ctx, domain)
+    return "; ".join([*observed, "a mail refused with 5xx came back as a bounce"])
+
+
+def _recipients(ctx: Context, queue: str = "") -> set[str]:
+    """Recipients of the mails in all members' queues, or in one of the queues."""
+    return {
+        recipient
+        for member in ctx.members
+        for entry in ctx.lab.machine(member).queue_entries()
+        if not queue or entry.queue == queue
+        for recipient in entry.recipients
+    }
+
+
+@check("OUT-6", quick=True, alone=True)
+def tls_level_holds(ctx: Context) -> str:
+    """The TLS level of the site data holds outbound, each level does; wrong names are refused."""
+    lab = ctx.lab
+    member = ctx.members[-1]
+    machine = lab.machine(member)
+    level = ctx.platform.outbound.tls
+    observed = [f"as configured ({level}): {_tls_behaviour(ctx, member, level)}"]
+    try:
+        for other in TlsLevel:
+            if other is not level:
+                outbound = ctx.platform.outbound.model_copy(update={"tls": other})
+                machine.apply(ctx.platform.model_copy(update={"outbound": outbound}))
+                observed.append(f"{other}: {_tls_behaviour(ctx, member, other)}")
+    finally:
+        machine.apply(ctx.platform)
+        _drop_probes(ctx, member)
+    observed.append(_internal_hops_verify(ctx))
+    return "; ".join(observed)
+
+
+def _tls_behaviour(ctx: Context, member: Host, level: TlsLevel) -> str:
+    """Send to remotes with and without TLS from ``member``, and judge by the level's rules."""
+    world = ctx.lab.world
+    domain = ctx.sending_domains[0]
+    assert ctx.local is not None
+    machine = ctx.lab.machine(member)
+
+    def send(mx: str) -> Letter:
+        assert ctx.local is not None
+        mail = letter(f"{{token}}@{domain}", f"{{token}}@{world.domain(mx)}")
+        submit(ctx, Door(ctx.local.client(), member.name, ctx.internal(member)[0], member), mail)
+        return mail
+
+    def arrives(mx: str, mail: Letter, encrypted: bool) -> None:
+        arrived = world.arrival(mx, mail.recipient, PROMPT)
+        expect(
+            bool(arrived.tls) == encrypted,
+            f"{level}: mail to {mx} arrived {'with' if arrived.tls else 'without'} TLS",
+        )
+
+    def waits(mx: str, mail: Letter) -> str:
+        reason = eventually(
+            lambda: machine.deferral(mail.recipient), seconds=PROMPT, what=f"{level}: mail to {mx}"
+        )
+        expect(not world.mails(mx, mail.recipient), f"{level}: mail to {mx} was delivered")
+        return reason
+
+    strict, plain, dane = send("strict"), send("plain"), send("dane")
+    arrives("strict", strict, True)
+    arrives("dane", dane, True)
+    if level is TlsLevel.ENCRYPT:
+        reason = waits("plain", plain)
+        expect(
+            "TLS is required" in reason,
+            f"{level}: mail to plain waits for another reason: {reason}",
+        )
+        return "a remote without STARTTLS gets nothing, the others get it encrypted"
+    arrives("plain", plain, False)
+    with world.behaving("dane", "wrong-certificate"):
+        forged = send("dane")
+        if level is TlsLevel.MAY:
+            arrives("dane", forged, True)
+            return "a remote without STARTTLS gets mail in the clear, the others encrypted"
+        reason = waits("dane", forged)
+        expect(
+            "not trusted" in reason.lower() or "not verified" in reason.lower(),
+            f"{level}: mail to a forged remote waits for another reason: {reason}",
+        )
+    return (
+        "a remote with TLSA records gets mail, not with another certificate; "
+        "one without STARTTLS gets it in the clear"
+    )
+
+
+def _drop_probes(ctx: Context, member: Host) -> None:
+    """Take the mails that were meant to wait out of the member's queue."""
+    machine = ctx.lab.machine(member)
+    for entry in machine.queue_entries():
+        if any("plain" in r or "dane" in r for r in entry.recipients):
+            machine.run("postsuper", "-d", entry.id)
+
+
+def _internal_hops_verify(ctx: Context) -> str:
+    """A host that verifies names reaches every member, and none that has another certificate.
+
+    Seen with Postfix's own TLS client on another member, which trusts what hosts trust.
+    """
+    lab = ctx.lab
+    name = ctx.platform.names.smtp_out
+    for member in ctx.members:
+        other = lab.machine(next(m for m in ctx.members if m is not member))
+        for address in ctx.internal(member):
+            verified, said = other.verifies(address, SUBMISSION, name)
+            expect(verified, f"{other.name} to {member.name} [{address}]: {said}")
+    victim = ctx.members[-1]
+    peer = lab.machine(ctx.members[0])
+    refused = []
+    for what, chain, key in lab.wrong_certificates(name):
+        with lab.machine(victim).presenting(chain, key):
+            verified, said = peer.verifies(ctx.internal(victim)[0], SUBMISSION, name)
+            expect(not verified, f"{peer.name} accepts {what} for {name}")
+            client = member_door(ctx, victim)
+            try:
+                enter(ctx, client).close()
+            except Failed as error:
+                expect(
+                    "certificate verify failed" in str(error) or "match" in str(error), str(error)
+                )
+            else:
+                raise Failed(f"a client accepts {what} for {name}")
+            refused.append(what)
+    verified, said = peer.verifies(ctx.internal(victim)[0], SUBMISSION, name)
+    expect(verified, f"{victim.name} after its own certificate is back: {said}")
+    return f"hosts verify {name} at every member; refused: {', '.join(refused)}"
+
+
+@check("OUT-7", quick=True)
+def limits_count_clients(ctx: Context) -> str:
+    """A client over its limit is slowed down, another one behind the same frontend is not."""
+    limits = ctx.platform.outbound.limits
+
+    def look(door: Door) -> str:
+        greedy, other = door.client, ctx.internet.client()
+        with ExitStack() as held:
+            for number in range(limits.connections):
+                try:
+                    held.enter_context(door.session(ctx))
+                except Refused as refused:
+                    raise Failed(
+                        f"{door}: connection {number + 1} of {limits.connections} is refused: "
+                        f"{refused}"
+                    ) from refused
+            too_many = _refusal(ctx, door)
+            expect(
+                too_many == 421,
+                f"{door}: {limits.connections + 1} connections at once from {greedy} are "
+                f"answered with {too_many}",
+            )
+            _expect_welcome(ctx, Door(other, door.name, door.address), greedy)
+        refusals = []
+        for _ in range(limits.connection_rate - limits.connections + 1):
+            refusals.append(_refusal(ctx, door))
+        expect(
+            refusals[-1] == 421,
+            f"{door}: {greedy} opens more than {limits.connection_rate} connections in a minute",
+        )
+        _expect_welcome(ctx, Door(other, door.name, door.address), greedy)
+        return str(greedy)
+
+    doors = frontend_doors(ctx)
+    wanted = [doors[0], next(d for d in doors if d.address.version != doors[0].address.version)]
+    greedy = each(wanted, look)
+    return (
+        f"{' and '.join(greedy)} got 421 beyond {limits.connections} connections at once and "
+        f"{limits.connection_rate} a minute; others through the same frontend got in"
+    )
+
+
+def _refusal(ctx: Context, door: Door) -> int:
+    """Connect and leave. Returns the greeting's code."""
+    try:
+        with door.session(ctx):
+            return 220
+    except Refused as refused:
+        return refused.code
+
+
+def _expect_welcome(ctx: Context, door: Door, greedy: Client) -> None:
+    try:
+        with enter(ctx, door):
+            pass
+    except Failed as error:
+        raise Failed(f"while {greedy} is over its limit, another client fails: {error}") from error
+
+
+__all__ = ["Door", "enter", "frontend_doors", "member_doors", "submit"]
