@@ -16,7 +16,6 @@ from mailsite.fragment import (
     CommandHealth,
     File,
     Fragment,
-    MapBuild,
     PortRule,
     Service,
     TcpHealth,
@@ -76,16 +75,17 @@ def _managed(platform: Platform, host: Host, ports: Sequence[PortRule]) -> Fragm
             ),
             templated("base/etc/cloud/cloud-init.disabled.j2"),
             templated("base/etc/systemd/journald.conf.d/mail.conf.j2"),
+            templated(
+                "base/etc/systemd/system/mail-ca-certificates.service.j2",
+                folder=CA_FOLDER,
+                bundle=CA_BUNDLE,
+            ),
         )
     )
     return Fragment(
         role=ROLE,
         files=files | certificates,
         packages=("ca-certificates", "dns-root-data", "nftables", "openssh-server", "unbound"),
-        maps=tuple(
-            MapBuild(("update-ca-certificates",), source=path, output=CA_BUNDLE)
-            for path in certificates
-        ),
         checks=(
             Check("nftables", ("nft", "-c", "-f", "/etc/nftables.conf"), ("/etc/nftables.conf",)),
             Check("sshd", ("sshd", "-t"), ("/etc/ssh/",), stderr_is_failure=True),
@@ -94,6 +94,11 @@ def _managed(platform: Platform, host: Host, ports: Sequence[PortRule]) -> Fragm
         services=(
             Service(
                 "systemd-journald.service", restart_on=("/etc/systemd/journald.conf.d/",), order=5
+            ),
+            Service(
+                "mail-ca-certificates.service",
+                restart_on=(CA_FOLDER, "/etc/systemd/system/mail-ca-certificates.service"),
+                order=8,
             ),
             Service("nftables.service", reload_on=("/etc/nftables.conf",), order=10),
             Service(

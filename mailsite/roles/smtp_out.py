@@ -24,7 +24,7 @@ from mailsite.fragment import (
 )
 from mailsite.loader import Problem, SiteError
 from mailsite.model import Host, IPNetwork, MailDomain, Platform, Role, TlsLevel
-from mailsite.roles.base import internal_clients
+from mailsite.roles.base import CA_FOLDER, internal_clients
 from mailsite.roles.postfix import QUEUE, QUEUE_UNITS, queue_files, queue_health
 from mailsite.secret_names import certificate_chain, certificate_key, dkim_key, sasl_hash
 
@@ -219,7 +219,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
             ),
             Service(
                 "postfix.service",
-                reload_on=("/etc/postfix/", "/etc/certs/"),
+                reload_on=("/etc/postfix/", "/etc/certs/", CA_FOLDER),
                 # A reload does not open or close listeners reliably, and the copies of the
                 # resolver's files in the chroot are made at start.
                 restart_on=(
