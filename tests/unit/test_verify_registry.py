@@ -17,26 +17,6 @@ BUILT = {
     *(f"DNS-{n}" for n in range(1, 4)),
     *("HOST-1", "HOST-4", "HOST-5", "CHANGE-1", "CHANGE-8"),
 }
-    "OUT-1",
-    "OUT-2",
-    "OUT-3",
-    "OUT-4",
-    "OUT-5",
-    "OUT-6",
-    "OUT-7",
-    "EDGE-1",
-    "EDGE-2",
-    "EDGE-3",
-    "EDGE-4",
-    "DNS-1",
-    "DNS-2",
-    "DNS-3",
-    "HOST-1",
-    "HOST-4",
-    "HOST-5",
-    "CHANGE-1",
-    "CHANGE-8",
-]
 
 
 def looks(context: Context) -> str:
