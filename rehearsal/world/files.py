@@ -34,6 +34,8 @@ _PROGRAMS = ("prepare.py", "mx/__init__.py", "mx/__main__.py", "mx/judge.py", "m
 _MASKED = (
     "knot.service",
     "nginx.service",
+    "ssh.service",
+    "ssh.socket",
     "unbound.service",
     "unbound-resolvconf.service",
     "systemd-resolved.service",

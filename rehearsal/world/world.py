@@ -370,12 +370,14 @@ class World:
 
     def update(self, message: dns.update.UpdateMessage) -> None:
         """Carry out an update; :class:`RehearsalError` where the name server refuses it."""
+        refused = f"the name server refuses the DNS update of {message.zone[0].name}"
         with self._insider.enter():
-            reply = dns.query.tcp(message, str(plan.LEG.ipv4), timeout=10)
+            try:
+                reply = dns.query.tcp(message, str(plan.LEG.ipv4), timeout=10)
+            except dns.exception.FormError as error:  # an answer without our signature
+                raise RehearsalError(f"{refused}: {error}") from error
         if reply.rcode() != dns.rcode.NOERROR:
-            raise RehearsalError(
-                f"DNS update of {message.zone[0].name}: {dns.rcode.to_text(reply.rcode())}"
-            )
+            raise RehearsalError(f"{refused}: {dns.rcode.to_text(reply.rcode())}")
 
     def ask(self, name: str, rdtype: str) -> Answer:
         """Ask the resolver that people on the internet have."""

@@ -161,7 +161,7 @@ class MailServer:
 
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:
         content = envelope.original_content or b""
-        sender = envelope.mail_from or ""
+        sender = _sender(envelope)
         peer = session.peer[0] if session.peer else ""
         helo = session.host_name or ""
 
@@ -236,7 +236,7 @@ class MailServer:
             "event": event,
             "peer": session.peer[0] if session.peer else "",
             "helo": session.host_name or "",
-            "mail_from": envelope.mail_from or "",
+            "mail_from": _sender(envelope),
             "rcpt_to": recipient,
             "reply": reply,
         }
@@ -276,6 +276,11 @@ class _Session(SMTP):
     def cut(self) -> None:
         if isinstance(self.transport, asyncio.Transport):
             self.transport.abort()
+
+
+def _sender(envelope: Envelope) -> str:
+    """The envelope sender; empty for a bounce, where aiosmtpd says ``<>``."""
+    return (envelope.mail_from or "").removeprefix("<>")
 
 
 def _tls(server: SMTP) -> dict[str, str] | None:
