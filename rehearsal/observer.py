@@ -12,7 +12,7 @@ import smtplib
 import socket
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
@@ -30,21 +30,16 @@ IPAddress = IPv4Address | IPv6Address
 _SECONDS = 10.0
 
 
-def tls_context(
-    ca: str | None = None, *, verify: bool = True, certificate: tuple[str, str] | None = None
-) -> ssl.SSLContext:
+def tls_context(ca: str | None = None, *, verify: bool = True) -> ssl.SSLContext:
     """A client's TLS settings.
 
     :param ca: PEM of the authorities to trust; None trusts the system's.
     :param verify: False takes any certificate, for checks that look at it themselves.
-    :param certificate: paths of a client certificate's chain and key.
     """
     context = ssl.create_default_context(cadata=ca)
     if not verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    if certificate:
-        context.load_cert_chain(*certificate)
     return context
 
 
@@ -104,6 +99,7 @@ class Observer:
     def __init__(self, namespace: str, addresses: tuple[IPAddress, ...] = ()) -> None:
         self.namespace = namespace
         self.addresses = addresses
+        self._sealed = False
 
     @classmethod
     def at(cls, sealed: network.Network, name: str) -> Observer:
@@ -113,9 +109,17 @@ class Observer:
     def __repr__(self) -> str:
         return f"Observer({self.namespace!r})"
 
-    def enter(self) -> AbstractContextManager[None]:
-        """Put the calling thread into the observer's network for the time of a ``with``."""
-        return network.enter(self.namespace)
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """Put the calling thread into the observer's network for the time of a ``with``.
+
+        The first time, it is made sure that there is no way out of it.
+        """
+        with network.enter(self.namespace):
+            if not self._sealed:
+                network.assert_sealed()
+                self._sealed = True
+            yield
 
     def address(self, version: int) -> IPAddress:
         """The observer's first address of the family; :class:`LookupError` if it has none."""
@@ -149,23 +153,6 @@ class Observer:
             sock.close()
             raise
         return sock
-
-    @contextmanager
-    def tls(
-        self,
-        address: IPAddress | str,
-        port: int,
-        server_name: str,
-        context: ssl.SSLContext,
-        source: IPAddress | str | None = None,
-        timeout: float = _SECONDS,
-    ) -> Iterator[ssl.SSLSocket]:
-        """A connection that speaks TLS from the start."""
-        with (
-            self.connect(address, port, source, timeout) as plain,
-            context.wrap_socket(plain, server_hostname=server_name) as secured,
-        ):
-            yield secured
 
     def smtp(
         self,

@@ -17,7 +17,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from email.message import EmailMessage
-from functools import partial
+from functools import cached_property, partial
 from ipaddress import ip_address
 from pathlib import Path
 from types import MappingProxyType
@@ -170,14 +170,17 @@ class World:
         contents = self._files()
         machine = self._machine()
         running = Machine.load(NAME, self._state)
-        if running is not None and running.alive() and running != machine:
-            running.stop()
+        if running is not None and running != machine:
+            running.destroy()  # its image layers or its interfaces are others now
         if machine.alive():
             changed = files.install(machine.root, contents)
             files.restart(machine, changed)
         else:
             files.install(machine.mount(), contents)
             machine.boot()
+            # The kernel numbers the namespace at a cable's other end when its link is first
+            # listed; until then network.assert_sealed() does not know where the cable leads.
+            network.run_in(machine.namespace, ["ip", "link"])
         self._write_dns_access()
         self._wait_ready(machine)
 
@@ -234,7 +237,10 @@ class World:
             for mx in plan.MAIL_SERVERS.values()
             if mx.tls is plan.Tls.DANE
         }
-        return zones.world_zones(self._platform, operator_zones=self._zone_ids, tlsa=tlsa)
+        try:
+            return zones.world_zones(self._platform, operator_zones=self._zone_ids, tlsa=tlsa)
+        except ValueError as error:
+            raise RehearsalError(str(error), "choose another name in the site data") from error
 
     def _write_dns_access(self) -> None:
         """What the stand-in of the DNS provider needs, in ``world/dns.json``."""
@@ -278,7 +284,7 @@ class World:
 
     # The parts that have to answer --------------------------------------------------------
 
-    @property
+    @cached_property
     def _insider(self) -> Observer:
         """Somebody who may always reach the world, to see whether it answers."""
         return Observer.at(self._network, "operator")

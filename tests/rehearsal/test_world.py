@@ -556,5 +556,45 @@ def test_a_second_up_restarts_nothing(world: World) -> None:
     assert started() == before
 
 
+def test_a_running_world_takes_on_a_new_zone(
+    world: World,
+    outside: Observer,
+    state: State,
+    platform: Platform,
+    sealed: network.Network,
+    layers: image.Layers,
+) -> None:
+    before = world.machine.run(["cat", "/proc/1/stat"]).stdout.split()[21]
+    wider = World(state, platform, sealed, layers, {"added.example.edu": "4567cdef"})
+    wider.up()
+    assert wider.machine.run(["cat", "/proc/1/stat"]).stdout.split()[21] == before
+    answer = outside.ask("www.added.example.edu", "A")
+    assert (answer.records, answer.secure) == (("198.18.25.15",), True)
+    update = wider.new_update("added.example.edu")
+    update.add("more", 300, "A", "198.51.100.7")
+    wider.update(update)
+    assert outside.ask(f"s1._domainkey.{Sender.domain}", "TXT").secure
+    world.up()
+    assert outside.ask("www.added.example.edu", "A").rcode == "NXDOMAIN"
+
+
+def test_a_site_in_a_zone_of_the_world_is_refused(
+    state: State, platform: Platform, sealed: network.Network, layers: image.Layers
+) -> None:
+    with pytest.raises(RehearsalError, match=r"choose another name in the site data"):
+        World(state, platform, sealed, layers, {"strict.example": "1"}).up()
+
+
 def test_no_unit_failed(world: World) -> None:
     assert world.machine.run(["systemctl", "--failed", "--no-legend"]).stdout == ""
+
+
+def test_down_leaves_nothing_but_keys(world: World, state: State, outside: Observer) -> None:
+    anchors = world.trust_anchors
+    world.down()
+    assert network.machine_namespace("world") not in network.namespaces()
+    assert not (state.root / "machines" / "world").exists()
+    world.up()
+    assert world.trust_anchors == anchors
+    assert world.messages("strict") == ()
+    assert outside.ask(f"s1._domainkey.{Sender.domain}", "TXT").rcode == "NXDOMAIN"
