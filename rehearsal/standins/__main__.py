@@ -18,6 +18,7 @@ from rehearsal import image, network
 from rehearsal.progress import Progress, RehearsalError
 from rehearsal.state import State
 
+from .command import Ssh
 from .hypervisors import Machines
 from .publisher import NameServer
 from .server import Context, start_all
@@ -59,7 +60,7 @@ def main() -> None:
                 state=state.root,
                 hypervisors=Machines(platform, network.Network(platform, state), state, layers),
                 publisher=NameServer(state.world / "dns.json", network.assert_sealed),
-                guard=network.assert_sealed,
+                shell=Ssh(network.assert_sealed),
             )
         )
         try:

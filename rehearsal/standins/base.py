@@ -102,7 +102,7 @@ class Session:
     engine: engine_pb2_grpc.EngineStub | None = None
     cancelled: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _listeners: list[Callable[[], None]] = field(default_factory=list)
+    _listeners: list[Callable[[], object]] = field(default_factory=list)
 
     def cancel(self) -> None:
         """The operator interrupted the run: tell whatever is at work."""
@@ -113,7 +113,7 @@ class Session:
             listener()
 
     @contextmanager
-    def listening(self, listener: Callable[[], None]) -> Iterator[None]:
+    def listening(self, listener: Callable[[], object]) -> Iterator[None]:
         """Have ``listener`` called when the run is cancelled; at once if it is already."""
         with self._lock:
             self._listeners.append(listener)
@@ -143,7 +143,7 @@ class Call:
         return self.urn.rpartition("::")[2]
 
     @contextmanager
-    def interruptible(self, listener: Callable[[], None]) -> Iterator[None]:
+    def interruptible(self, listener: Callable[[], object]) -> Iterator[None]:
         """Have ``listener`` called when the operator interrupts the run or the engine is gone."""
         done = threading.Event()
 

@@ -13,10 +13,10 @@ import errno
 import json
 import secrets
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, ClassVar, Final, Protocol, TypeVar
 
 import asyncssh
 
@@ -147,9 +147,8 @@ class Target:
             **options,
         )
 
-    async def dial(self, call: Call, guard: Callable[[], None]) -> asyncssh.SSHClientConnection:
+    async def dial(self, call: Call) -> asyncssh.SSHClientConnection:
         """Dial until it works, at most ``dial_limit`` times more than once (-1: for ever)."""
-        guard()
         failed, delay = 0, FIRST_DELAY
         while True:
             try:
@@ -180,12 +179,12 @@ class Loop:
         future: Future[_Result] = asyncio.run_coroutine_threadsafe(
             asyncio.wait_for(work, call.timeout), self._loop
         )
-        with call.interruptible(lambda: None if future.done() else _cancel(future)):
+        with call.interruptible(lambda: bool(future.cancel())):
             try:
                 return future.result()
             except TimeoutError:
                 raise ProviderError("context deadline exceeded") from None
-            except asyncio.CancelledError:
+            except CancelledError:
                 raise ProviderError("context canceled") from None
 
     def close(self) -> None:
@@ -203,10 +202,6 @@ class Loop:
         self._loop.close()
 
 
-def _cancel(future: Future[Any]) -> None:
-    future.cancel()
-
-
 @dataclass
 class Outcome:
     """What a command printed."""
@@ -215,70 +210,81 @@ class Outcome:
     stderr: str
 
 
-async def _gather(
-    stream: asyncssh.SSHReader[bytes],
-    keep: Callable[[bytes], None],
-    show: Callable[[str], Awaitable[None]] | None,
-) -> None:
-    while line := await stream.readline():
-        keep(line)
-        if show is not None:
-            await show(line.decode(errors="replace").rstrip("\n"))
+class Shell(Protocol):
+    """Runs commands on hosts."""
+
+    async def run(
+        self,
+        connection: Properties,
+        command: str,
+        stdin: str,
+        logged: frozenset[str],
+        call: Call,
+    ) -> Outcome:
+        """Run ``command`` in the login shell of the connection's user.
+
+        ``logged`` says which of its streams the operator sees, line by line. Raises
+        :class:`ProviderError` with the command and its output, never its input.
+        """
 
 
-async def run(
-    target: Target,
+class Ssh:
+    """Real ssh. ``guard`` is called before each connection; it raises where it could lead out."""
+
+    def __init__(self, guard: Callable[[], None]) -> None:
+        self._guard = guard
+
+    async def run(
+        self,
+        connection: Properties,
+        command: str,
+        stdin: str,
+        logged: frozenset[str],
+        call: Call,
+    ) -> Outcome:
+        target = Target.of(connection)
+        self._guard()
+        client = await target.dial(call)
+        try:
+            process = await client.create_process(command, encoding=None)
+            return await _follow(process, command, stdin, logged, call)
+        except (asyncssh.Error, OSError) as error:
+            raise ProviderError(f"{error}: running {_quote(command)}") from error
+        finally:
+            client.abort()
+
+
+async def _follow(
+    process: asyncssh.SSHClientProcess[bytes],
     command: str,
     stdin: str,
     logged: frozenset[str],
     call: Call,
-    guard: Callable[[], None],
 ) -> Outcome:
-    """Run ``command`` in the login shell of the target's user.
+    if stdin:
+        process.stdin.write(stdin.encode())
+    process.stdin.write_eof()
 
-    ``logged`` says which of its streams the operator sees, line by line. Raises
-    :class:`ProviderError` with the command and its output, never its input.
-    """
-    connection = await target.dial(call, guard)
-    try:
-        process = await connection.create_process(command, encoding=None)
-        if stdin:
-            process.stdin.write(stdin.encode())
-        process.stdin.write_eof()
+    kept: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
+    both: list[bytes] = []
 
-        kept: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
-        both: list[bytes] = []
+    async def gather(name: str, stream: asyncssh.SSHReader[bytes]) -> None:
+        while line := await stream.readline():
+            kept[name].append(line)
+            both.append(line)
+            if name in logged:
+                await asyncio.to_thread(call.info, line.decode(errors="replace").rstrip("\n"))
 
-        def keeper(name: str) -> Callable[[bytes], None]:
-            def keep(line: bytes) -> None:
-                kept[name].append(line)
-                both.append(line)
+    await asyncio.gather(gather("stdout", process.stdout), gather("stderr", process.stderr))
+    await process.wait_closed()
+    if process.exit_status != 0:
+        said = b"".join(both).decode(errors="replace")
+        raise ProviderError(f"{_ending(process)}: running {_quote(command)}:\n{said}")
 
-            return keep
+    def text(name: str) -> str:
+        return b"".join(kept[name]).decode(errors="replace").removesuffix("\n")
 
-        async def show(line: str) -> None:
-            await asyncio.to_thread(call.info, line)
-
-        await asyncio.gather(
-            _gather(process.stdout, keeper("stdout"), show if "stdout" in logged else None),
-            _gather(process.stderr, keeper("stderr"), show if "stderr" in logged else None),
-        )
-        await process.wait_closed()
-        if process.exit_status != 0:
-            raise ProviderError(
-                f"{_ending(process)}: running {_quote(command)}:\n"
-                + b"".join(both).decode(errors="replace")
-            )
-        return Outcome(
-            *(
-                b"".join(kept[name]).decode(errors="replace").removesuffix("\n")
-                for name in ("stdout", "stderr")
-            )
-        )
-    except (asyncssh.Error, OSError) as error:
-        raise ProviderError(f"{error}: running {_quote(command)}") from error
-    finally:
-        connection.abort()
+    return Outcome(text("stdout"), text("stderr"))
 
 
 def _ending(process: asyncssh.SSHClientProcess[bytes]) -> str:
@@ -317,9 +323,9 @@ class RemoteCommand(Resource):
         "stderr": Output(volatile=True),
     }
 
-    def __init__(self, loop: Loop, guard: Callable[[], None]) -> None:
+    def __init__(self, loop: Loop, shell: Shell) -> None:
         self._loop = loop
-        self._guard = guard
+        self._shell = shell
 
     def check(self, inputs: Properties) -> Iterator[Failure]:
         if inputs.get("logging", "none") is not UNKNOWN:
@@ -360,13 +366,12 @@ class RemoteCommand(Resource):
                         "set addPreviousOutputInEnv to false"
                     )
         outcome = self._loop.run(
-            run(
-                Target.of(inputs["connection"]),
+            self._shell.run(
+                inputs["connection"],
                 command,
                 inputs.get("stdin", ""),
                 LOGGED[inputs.get("logging", "stdoutAndStderr")],
                 call,
-                self._guard,
             ),
             call,
         )
@@ -388,10 +393,9 @@ class Command(Provider):
 
     package = "command"
 
-    def __init__(self, guard: Callable[[], None]) -> None:
-        """``guard`` is called before each connection; it raises where it could lead out."""
+    def __init__(self, shell: Shell) -> None:
         self._loop = Loop()
-        super().__init__({RemoteCommand.token: RemoteCommand(self._loop, guard)})
+        super().__init__({RemoteCommand.token: RemoteCommand(self._loop, shell)})
 
     def close(self) -> None:
         self._loop.close()

@@ -1,14 +1,13 @@
 """What the libvirt stand-in makes of volumes and domains.
 
 The provider (:mod:`.libvirt`) keeps the books: which names are taken, what is in use. The muscle
-is behind :class:`Hypervisors`: :class:`Machines` boots real machines of the rehearsal,
-:class:`Memory` is for tests.
+is behind :class:`Hypervisors`: :class:`Machines` boots real machines of the
+rehearsal.
 """
 
 from __future__ import annotations
 
 import subprocess
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,48 +78,8 @@ class Hypervisors(Protocol):
     def running(self, hypervisor: str, domain: str) -> bool: ...
 
 
-class Memory:
-    """Hypervisors that only take notes, in :attr:`journal`."""
-
-    def __init__(self, uris: Mapping[str, str]) -> None:
-        self._uris = dict(uris)
-        self._lock = threading.Lock()
-        self.journal: list[str] = []
-        self.domains: dict[str, Domain] = {}
-        self.broken: set[str] = set()
-        """Domains that do not start."""
-
-    def of(self, uri: str) -> str:
-        return _by_uri(uri, self._uris)
-
-    def _note(self, line: str) -> None:
-        with self._lock:
-            self.journal.append(line)
-
-    def create_volume(self, hypervisor: str, volume: Volume) -> None:
-        self._note(f"create volume {volume.name}")
-
-    def delete_volume(self, hypervisor: str, volume: Volume, domain: str | None) -> None:
-        self._note(f"delete volume {volume.name}")
-
-    def start(self, hypervisor: str, domain: Domain) -> None:
-        if domain.name in self.broken:
-            raise ProviderError("error creating libvirt domain: internal error: it is broken")
-        self._note(f"start {domain.name}")
-        with self._lock:
-            self.domains[domain.name] = domain
-
-    def destroy(self, hypervisor: str, domain: str) -> None:
-        self._note(f"destroy {domain}")
-        with self._lock:
-            self.domains.pop(domain, None)
-
-    def running(self, hypervisor: str, domain: str) -> bool:
-        with self._lock:
-            return domain in self.domains
-
-
-def _by_uri(uri: str, uris: Mapping[str, str]) -> str:
+def by_uri(uri: str, uris: Mapping[str, str]) -> str:
+    """Name of the hypervisor with this connection URI. Raises :class:`ProviderError`."""
     for name, known in uris.items():
         if known == uri:
             return name
@@ -153,7 +112,7 @@ class Machines:
         self._layers = layers
 
     def of(self, uri: str) -> str:
-        return _by_uri(uri, {name: one.uri for name, one in self._platform.hypervisors.items()})
+        return by_uri(uri, {name: one.uri for name, one in self._platform.hypervisors.items()})
 
     def _image(self, hypervisor: str, volume: Volume) -> Path:
         return self._state.folder("volumes", hypervisor) / f"{volume.pool}-{volume.name}.img"

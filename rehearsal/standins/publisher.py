@@ -1,13 +1,12 @@
 """Where the records of the Cloudflare stand-in are served from.
 
 :class:`NameServer` changes the zones of a real authoritative name server by dynamic updates
-(RFC 2136) that are signed (TSIG, RFC 8945); :class:`Memory` is for tests.
+(RFC 2136) that are signed (TSIG, RFC 8945).
 """
 
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,33 +72,6 @@ class Publisher(Protocol):
         self, zone: str, remove: tuple[str, Data] | None, add: tuple[str, int, Data] | None
     ) -> None:
         """In one step: take away a record (name, data), add one (name, TTL in seconds, data)."""
-
-
-class Memory:
-    """Zones in memory."""
-
-    def __init__(self, zones: Mapping[str, str]) -> None:
-        self._zones = dict(zones)
-        self._lock = threading.Lock()
-        self.served: dict[tuple[str, Data], int] = {}
-        """TTL of every record, by name and data."""
-
-    def zones(self) -> Mapping[str, str]:
-        return self._zones
-
-    def records(self, zone: str, name: str) -> frozenset[Data]:
-        with self._lock:
-            return frozenset(data for owner, data in self.served if owner == name)
-
-    def change(
-        self, zone: str, remove: tuple[str, Data] | None, add: tuple[str, int, Data] | None
-    ) -> None:
-        with self._lock:
-            if remove is not None:
-                self.served.pop(remove, None)
-            if add is not None:
-                name, ttl, data = add
-                self.served[name, data] = ttl
 
 
 class NameServer:

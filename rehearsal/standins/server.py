@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from .base import Provider, Server
 from .cloudflare import Cloudflare
-from .command import Command
+from .command import Command, Shell
 from .hypervisors import Hypervisors
 from .libvirt import Libvirt
 from .publisher import Publisher
@@ -26,14 +25,13 @@ PORTS: Final = "standins.json"
 class Context:
     """What the stand-ins work on.
 
-    ``state`` is the rehearsal's folder (they keep their memory in ``standins/`` below it);
-    ``guard`` is called before an ssh connection is opened and raises where it could lead out.
+    ``state`` is the rehearsal's folder; they keep their memory in ``standins/`` below it.
     """
 
     state: Path
     hypervisors: Hypervisors
     publisher: Publisher
-    guard: Callable[[], None]
+    shell: Shell
 
 
 class Servers:
@@ -46,7 +44,7 @@ class Servers:
         providers: list[Provider] = [
             self.libvirt,
             Cloudflare(Store(books / "cloudflare.json"), context.publisher),
-            Command(context.guard),
+            Command(context.shell),
             Random(),
             Tls(),
         ]
