@@ -269,6 +269,15 @@ def test_a_host_gets_packages_under_debians_names(host: Machine) -> None:
     assert "http://deb.debian.org/debian trixie" in done.stdout
 
 
+def test_an_observer_sends_nothing_where_a_way_leads_out(world: World) -> None:
+    subprocess.run(["ip", "netns", "add", "wtest-open"], check=True)
+    try:
+        with pytest.raises(RehearsalError, match="would send to real networks"):
+            Observer("wtest-open").connect("192.0.2.2", 53)
+    finally:
+        subprocess.run(["ip", "netns", "del", "wtest-open"], check=True)
+
+
 # -- mail ----------------------------------------------------------------------------------------
 
 
@@ -504,6 +513,18 @@ def test_danes_certificate_is_the_published_one(world: World, outside: Observer)
         body = b"".join(done.stdout.splitlines()[1:-1])
         digest = hashlib.sha256(base64.b64decode(body)).hexdigest()
         assert (answer.records == (f"3 1 1 {digest}",)) is matches
+
+
+def test_postfix_trusts_dane_and_not_its_impostor(world: World, host: Machine) -> None:
+    (host.root / "etc/resolv.conf").unlink()
+    (host.root / "etc/resolv.conf").write_text("nameserver 127.0.0.1\noptions trust-ad\n")
+    for mode, trusted in ((Mode.ACCEPT, True), (Mode.WRONG_CERTIFICATE, False)):
+        world.set("dane", mode)
+        done = host.run(
+            ["posttls-finger", "-c", "-l", "dane-only", "-L", "summary", "dane.example"],
+            check=False,
+        )
+        assert ("Verified TLS connection established" in done.stdout) is trusted, done.stdout
 
 
 def test_a_wrong_certificate_is_noticed(
