@@ -81,8 +81,12 @@ def milters() -> tuple[Milter, ...]:
 
 
 def signers(platform: Platform) -> tuple[Signer, ...]:
-    """Every domain that sends, with the one key that signs for it."""
-    return tuple(
+    """Every domain that sends, with the one key that signs for it.
+
+    Subdomains come before the domains that they belong to: the first row of the signing table
+    that matches an address wins.
+    """
+    found = [
         Signer(
             domain=domain.name,
             selector=key.selector,
@@ -91,7 +95,8 @@ def signers(platform: Platform) -> tuple[Signer, ...]:
         )
         for domain in platform.domains.values()
         if domain.sends and (key := domain.signing_key) is not None
-    )
+    ]
+    return tuple(sorted(found, key=lambda signer: -signer.domain.count(".")))
 
 
 def users(platform: Platform) -> tuple[str, ...]:
