@@ -173,6 +173,7 @@ class World:
         if running is not None and running != machine:
             running.destroy()  # its image layers or its interfaces are others now
         if machine.alive():
+            machine.wait_booted()  # an interrupted run may have started it a moment ago
             changed = files.install(machine.root, contents)
             files.restart(machine, changed)
         else:

@@ -567,6 +567,15 @@ def test_everything_outlives_the_machine(world: World, outside: Observer, sender
     deliver(outside, world, "strict", sender.message("afterwards", world.names["strict"]))
 
 
+def test_an_interrupted_start_is_completed(world: World, outside: Observer) -> None:
+    world.machine.kill()
+    world.machine.boot()
+    world.up()
+    assert outside.ask("example.com", "SOA").secure
+    for pair in world.addresses.values():
+        outside.smtp(pair.ipv6).quit()
+
+
 def test_a_second_up_restarts_nothing(world: World) -> None:
     def started() -> str:
         units = ("world-knot", "world-unbound", "world-mx", "world-nginx")
