@@ -407,8 +407,17 @@ def destroy_all(state: State) -> None:
     """Remove every machine of the state, and the cgroups that they had."""
     for machine in Machine.all(state):
         machine.destroy()
-    for hierarchy in _hierarchies():
-        _remove_tree(hierarchy / _GROUP)
+    remove_all_cgroups()
+
+
+def cgroups() -> tuple[Path, ...]:
+    """The top cgroup of the machines in each hierarchy where it exists."""
+    return tuple(g for g in (h / _GROUP for h in _hierarchies()) if g.exists())
+
+
+def remove_all_cgroups() -> None:
+    for group in cgroups():
+        _remove_tree(group)
 
 
 def detach(image: Path) -> None:

@@ -250,13 +250,17 @@ def _ruleset(platform: Platform, bridges: tuple[Bridge, ...], seats: tuple[Seat,
     """nft rules of core: source NAT of site-local networks, and their inaccessibility."""
     local = [b for b in bridges if b.kind is NetworkKind.SITE_LOCAL]
     inner = [s for s in seats if s.namespace in (OPERATOR, "mail-obs-office")]
+    space: list[IPNetwork] = []
+    if platform.site_local is not None:
+        space = [platform.site_local.ipv4, platform.site_local.ipv6]
     lines = ["table inet mail", "delete table inet mail", "table inet mail {"]
     for version in (4, 6):
         prefixes = [a.network for b in local for a in b.addresses if a.version == version]
+        whole = [p for p in space if p.version == version]
         seated = [a for s in inner for a in s.addresses if a.version == version]
         for name, elements in (
             ("local", [str(p) for p in prefixes]),
-            ("inside", [str(e) for e in (*prefixes, *seated)]),
+            ("inside", [str(e) for e in (*prefixes, *whole, *seated)]),
         ):
             lines.append(f"  set {name}{version} {{")
             lines.append(f"    type ipv{version}_addr; flags interval; auto-merge;")

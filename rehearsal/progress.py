@@ -37,10 +37,17 @@ class RehearsalError(Exception):
 class Progress:
     """Prints timed lines; safe to use from several threads."""
 
-    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        quiet: bool = False,
+        started: float | None = None,
+    ) -> None:
+        """``started`` is :attr:`started` of the command that this process is a part of."""
         self._stream = stream if stream is not None else sys.stderr
         self._quiet = quiet
-        self._start = time.monotonic()
+        self.started = time.monotonic() if started is None else started
         self._lock = threading.Lock()
 
     def say(self, text: str) -> None:
@@ -48,7 +55,7 @@ class Progress:
         if self._quiet:
             return
         with self._lock:
-            self._stream.write(f"[{time.monotonic() - self._start:7.1f} s] {text}\n")
+            self._stream.write(f"[{time.monotonic() - self.started:7.1f} s] {text}\n")
             self._stream.flush()
 
     @contextmanager

@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,16 +210,24 @@ def write_atomic(path: Path, text: str, *, mode: int = 0o600) -> Path:
 def locked(path: Path, progress: Progress | None, waiting: str) -> Iterator[None]:
     """Hold an exclusive ``flock`` on ``path``; ``waiting`` is said when it is not free."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if progress is not None:
-                with progress.step(f"{waiting}; waiting for it"):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with progress.step(f"{waiting}; waiting for it") if progress else nullcontext():
                     fcntl.flock(handle, fcntl.LOCK_EX)
-            else:
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+            # Whoever had the lock may have removed the file: then it protects nothing.
+            if _is(handle, path):
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def _is(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,161 @@
+"""Remove what rehearsals leave on a machine, whoever started them and however they ended.
+
+Nothing here relies on the state being whole: machines are found by their cgroups, processes by
+the namespaces that they are in, mounts and loop devices by the state folder that they lie in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+from rehearsal import machine, network
+from rehearsal.progress import Progress, RehearsalError, wait_for
+from rehearsal.state import ProcessId, State, write_atomic
+
+RUN = Path("/run/mail-rehearsal")
+"""One rehearsal per machine: its lock, and in ``owner`` the state folder that it has."""
+
+
+def owner() -> Path | None:
+    """State folder of the rehearsal that is up on this machine, or was when it was killed."""
+    try:
+        return Path((RUN / "owner").read_text(encoding="utf-8").strip())
+    except FileNotFoundError:
+        return None
+
+
+def claim(state: State) -> None:
+    """Make ``state`` the rehearsal of this machine.
+
+    Remains of another one are removed; one that runs is an error.
+    """
+    other = owner()
+    if other is not None and other != state.root:
+        if other.exists() and any(p.alive() for p in State(other).processes().values()):
+            raise RehearsalError(
+                f"another rehearsal is up on this machine, with its state in {other}",
+                f"run: make down, in {other.parent}",
+            )
+        clean(other)
+    elif other is None and network.namespaces():
+        clean(None)
+    RUN.mkdir(mode=0o700, exist_ok=True)
+    write_atomic(RUN / "owner", f"{state.root}\n")
+
+
+def down(state: State, progress: Progress) -> None:
+    """End the rehearsal of ``state`` and remove everything of it but the cache."""
+    roots = [state.root]
+    other = owner()
+    if other is not None and other not in roots:
+        if other.exists() and any(p.alive() for p in State(other).processes().values()):
+            progress.say(f"another rehearsal is up, with its state in {other}: left alone")
+            _remove_folder(state.root)
+            return
+        roots.append(other)
+    with progress.step("taking the rehearsal down"):
+        for root in roots:
+            clean(root)
+            _remove_folder(root)
+        (RUN / "owner").unlink(missing_ok=True)
+    left = leftovers(state.root)
+    if left:
+        raise RehearsalError(
+            "left behind: " + "; ".join(left), "run: make down, once more; then restart the machine"
+        )
+
+
+def clean(root: Path | None) -> None:
+    """End the processes and remove mounts, loop devices, namespaces and cgroups.
+
+    ``root`` is the state folder that they belonged to, if it is known.
+    """
+    own = {os.getpid(), os.getppid()}
+    for process in _processes(root):
+        if process.pid not in own:
+            process.send(signal.SIGKILL)
+    for process in _processes(root):
+        if process.pid not in own:
+            with contextlib.suppress(RehearsalError):
+                wait_for(
+                    lambda p=process: not p.alive(),  # type: ignore[misc]
+                    timeout=5,
+                    what=f"process {process.pid} to die",
+                )
+    for mount in _mounts(root):
+        subprocess.run(["umount", str(mount)], check=False, capture_output=True)
+    for loop in _loops(root):
+        subprocess.run(["losetup", "--detach", loop], check=False, capture_output=True)
+    network.tear_down()
+    machine.remove_all_cgroups()
+
+
+def leftovers(root: Path) -> list[str]:
+    """What is still there of a rehearsal, in words."""
+    found = [f"process {p.pid}" for p in _processes(root) if p.pid != os.getpid()]
+    found += [f"mount {m}" for m in _mounts(root)]
+    found += [f"loop device {d}" for d in _loops(root)]
+    found += [f"namespace {n}" for n in network.namespaces()]
+    found += [f"cgroup {g}" for g in machine.cgroups()]
+    return found
+
+
+def _processes(root: Path | None) -> list[ProcessId]:
+    """Those recorded, those in the machines' cgroups, those in the namespaces."""
+    found: dict[int, ProcessId] = {}
+    if root is not None and root.exists():
+        with contextlib.suppress(json.JSONDecodeError, RehearsalError):
+            for process in State(root).processes().values():
+                if process.alive():
+                    found[process.pid] = process
+    for group in machine.cgroups():
+        for procs in group.rglob("cgroup.procs"):
+            with contextlib.suppress(OSError):
+                for word in procs.read_text(encoding="ascii").split():
+                    identity = ProcessId.of(int(word))
+                    if identity is not None:
+                        found[identity.pid] = identity
+    for process in network.inhabitants(network.namespaces()):
+        found[process.pid] = process
+    return list(found.values())
+
+
+def _mounts(root: Path | None) -> list[Path]:
+    """Mounts at or below the state folder, the innermost first."""
+    if root is None:
+        return []
+    found: list[Path] = []
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
+        place = Path(line.split(" ")[4].encode().decode("unicode_escape"))
+        if place.is_relative_to(root):
+            found.append(place)
+    return found[::-1]
+
+
+def _loops(root: Path | None) -> list[str]:
+    """Loop devices whose files lie in the state folder; also when the file is gone."""
+    if root is None:
+        return []
+    done = subprocess.run(
+        ["losetup", "--json", "--list", "--output=NAME,BACK-FILE"], capture_output=True, text=True
+    )
+    devices = json.loads(done.stdout or '{"loopdevices": []}')["loopdevices"]
+    return [
+        str(d["name"])
+        for d in devices
+        if Path(str(d["back-file"]).removesuffix(" (deleted)")).is_relative_to(root)
+    ]
+
+
+def _remove_folder(root: Path) -> None:
+    if _mounts(root):
+        raise RehearsalError(
+            f"something is still mounted below {root}", f"see what holds it: fuser -vm {root}"
+        )
+    shutil.rmtree(root, ignore_errors=True)

@@ -1,0 +1,206 @@
+"""Bring a rehearsal up, step by step; every step finds what an earlier run left and goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mailsite.loader import load_platform
+from mailsite.model import Host, Platform
+from rehearsal import cleanup, engine, existing, image, network, program, secrets, tools
+from rehearsal.ca import Authority
+from rehearsal.progress import Progress, RehearsalError, wait_for
+from rehearsal.state import CHECKOUT, ProcessId, State
+from rehearsal.world.world import World
+from verify.passwords import rehearsal_passwords
+
+_STANDINS = "stand-ins"
+_STANDINS_SECONDS = 60.0
+_RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Site:
+    """The stack that is rehearsed: its name, its plain configuration and its site data."""
+
+    stack: str
+    config: dict[str, Any]
+    folder: Path
+
+    @classmethod
+    def of(cls, stack: str) -> Site:
+        """Read the stack's configuration; raises :class:`RehearsalError` where it names no site."""
+        config = program.stack_config(stack)
+        site = config.get("mail:site")
+        if not site:
+            raise RehearsalError(
+                f"Pulumi.{stack}.yaml: mail:site is not set",
+                f"run: pulumi config set --stack {stack} mail:site sites/<name>",
+            )
+        return cls(stack, config, CHECKOUT / str(site))
+
+    def platform(self, overlay: Path | None = None) -> Platform:
+        """The site data; raises :class:`mailsite.loader.SiteError`."""
+        return load_platform(self.folder, overlay)
+
+
+def built(platform: Platform) -> tuple[Host, ...]:
+    """The hosts that the program builds; those of later tiers wait for their components."""
+    from components.host import tier  # needs a second to import, which other commands spare
+
+    return tuple(host for host in platform.hosts.values() if tier(host) is not None)
+
+
+def remember(state: State, site: Site) -> None:
+    """Write down which stack is rehearsed; another one must be taken down first."""
+    known = state.read_json(_RUN_FILE).get("stack")
+    if known is not None and known != site.stack:
+        raise RehearsalError(
+            f"a rehearsal of stack {known} is up, not of {site.stack}",
+            "run: make down, and then this again",
+        )
+    state.write(_RUN_FILE, json.dumps({"stack": site.stack}))
+
+
+def current(state: State) -> Site:
+    """The stack that is rehearsed; raises :class:`RehearsalError` when none is."""
+    known = state.read_json(_RUN_FILE).get("stack")
+    if known is None or network.CORE not in network.namespaces():
+        raise RehearsalError("no rehearsal is up", "run: make rehearsal")
+    return Site.of(str(known))
+
+
+def up(site: Site, state: State, progress: Progress) -> dict[str, int]:
+    """Bring everything up; returns the number of resources per kind of change.
+
+    Site data is checked before anything else happens.
+    """
+    platform = site.platform()
+    hosts = built(platform)
+    tools.ensure(progress)
+    found = engine.ensure(progress)
+    layers = image.ensure(progress)
+    cleanup.claim(state)
+    remember(state, site)
+    program.end_leftovers(state)
+
+    sealed = network.Network(platform, state)
+    with progress.step("sealed network"):
+        sealed.up()
+    world = World(state, platform, sealed, layers, site.config.get("mail:zoneIds", {}))
+    operators = [
+        existing.ExistingMachine(platform, host, sealed, layers.mail, state)
+        for host in hosts
+        if host.vm is None
+    ]
+    steps: list[tuple[str, Callable[[], None]]] = [("the outside world", world.up)]
+    steps += [(f"existing machine {e.host.name}", e.up) for e in operators]
+    _at_once(steps, progress)
+    _write_overlay(state, platform, world, operators)
+    start_standins(site, state, progress)
+
+    stack = program.Program(state, site.stack, found)
+    with progress.step("stack configuration"):
+        stack.configure(
+            program.settings(
+                site.stack,
+                overlay=state.world_overlay,
+                deploy_key=secrets.operator_key(state),
+                certificates=secrets.certificates(state, platform, hosts),
+                given=rehearsal_passwords(state.root, platform),
+            )
+        )
+    with progress.step(f"pulumi up --stack {site.stack}"):
+        return stack.up(progress)
+
+
+def _at_once(steps: Sequence[tuple[str, Callable[[], None]]], progress: Progress) -> None:
+    """Run steps side by side; the first error counts, after all have ended."""
+
+    def run(what: str, act: Callable[[], None]) -> None:
+        with progress.step(what):
+            act()
+
+    with ThreadPoolExecutor(max_workers=len(steps)) as pool:
+        futures = [pool.submit(run, *step) for step in steps]
+    for future in futures:
+        future.result()
+
+
+def _write_overlay(
+    state: State,
+    platform: Platform,
+    world: World,
+    operators: Sequence[existing.ExistingMachine],
+) -> None:
+    """What the world is like: the only thing that a rehearsal changes in the site data."""
+    overlay = {
+        "trust_anchors": list(world.trust_anchors),
+        "ca_certificates": [Authority(state.ca).root_pem],
+        "resolvers": list(existing.resolvers()),
+        "ssh_host_keys": {e.host.name: e.public_key for e in operators},
+    }
+    text = json.dumps(overlay, indent=1) + "\n"
+    path = state.world_overlay
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        state.write(path.name, text)
+
+
+def start_standins(site: Site, state: State, progress: Progress) -> None:
+    """Start the stand-in providers, unless they run with the same site data and code."""
+    mark = standins_mark(site, state)
+    running = state.process(_STANDINS)
+    if running is not None and state.standins.exists():
+        if state.read_json("standins.mark.json").get("mark") == mark:
+            return
+        running.end()
+    state.standins.unlink(missing_ok=True)
+    with progress.step("stand-in providers"), (state.root / "standins.log").open("ab") as log:
+        # They outlive this command, and its terminal.
+        child = subprocess.Popen(
+            [
+                *("nsenter", f"--net={network.NETNS / network.OPERATOR}", "--"),
+                *(sys.executable, "-m", "rehearsal.standins"),
+                *(f"--state={state.root}", f"--site={site.folder}", "--autostart"),
+            ],
+            cwd=CHECKOUT,
+            env=tools.environment(PYTHONUNBUFFERED="1"),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        identity = state.record(_STANDINS, child.pid)
+
+        def serving() -> bool:
+            if child.poll() is not None or not identity.alive():
+                raise RehearsalError(
+                    "the stand-in providers ended at once", f"look into {state.root}/standins.log"
+                )
+            return state.standins.exists()
+
+        wait_for(serving, timeout=_STANDINS_SECONDS, what="the stand-in providers")
+    state.write("standins.mark.json", json.dumps({"mark": mark}))
+
+
+def standins_mark(site: Site, state: State) -> str:
+    """Changes when the stand-ins would have to be started anew: their code, or the site data."""
+    parts: list[str] = [str(site.folder)]
+    folders = (CHECKOUT / "rehearsal", CHECKOUT / "mailsite", site.folder)
+    paths = [p for f in folders for p in f.rglob("*") if p.suffix in (".py", ".yaml")]
+    for path in sorted([*paths, state.world_overlay]):
+        if path.exists():
+            stat = path.stat()
+            parts.append(f"{path} {stat.st_mtime_ns} {stat.st_size}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def standins_process(state: State) -> ProcessId | None:
+    return state.process(_STANDINS)
