@@ -42,7 +42,7 @@ TTL_MX = 86400
 
 _SPF_TERM = re.compile(
     r"[+?~-]?(?:include:\S+|a|a[:/]\S+|mx|mx[:/]\S+|ptr|ptr:\S+|ip4:\S+|ip6:\S+|exists:\S+)"
-    r"|[a-z][a-z0-9_.-]*=\S*",
+    r"|(?:exp|redirect)=\S+",
     re.IGNORECASE,
 )
 _SPF_QUERY = re.compile(r"[+?~-]?(include|a|mx|ptr|exists)(?=[:/]|$)|(redirect)=", re.IGNORECASE)

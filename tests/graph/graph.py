@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import runpy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,13 +222,25 @@ class _Engine(sdk.MockEngine):
             self.graph.log.append(request.message)
 
 
-def build(config: Mapping[str, Any], *, preview: bool = False) -> Graph:
-    """Run the program with ``config`` and return what it registered.
+def platform_program() -> None:
+    """The project's own program, as the engine runs it."""
+    runpy.run_path(str(ROOT / "__main__.py"))
+
+
+def build(
+    config: Mapping[str, Any],
+    *,
+    preview: bool = False,
+    program: Callable[[], None] = platform_program,
+    graph: Graph | None = None,
+) -> Graph:
+    """Run ``program`` with ``config`` and return what it registered.
 
     ``config``: values by key without the project's name, strings or objects. Keys of
-    :data:`SECRET_KEYS` are secret, as in a stack file.
+    :data:`SECRET_KEYS` are secret, as in a stack file. ``graph`` receives the registrations, for
+    callers that expect a failure.
     """
-    graph = Graph()
+    graph = graph if graph is not None else Graph()
     mocks = _PreviewMocks() if preview else _Mocks()
     texts = {
         f"{PROJECT}:{key}": value if isinstance(value, str) else json.dumps(value)
@@ -242,7 +254,7 @@ def build(config: Mapping[str, Any], *, preview: bool = False) -> Graph:
 
     @pulumi.runtime.test
     def run() -> pulumi.Output[None]:
-        runpy.run_path(str(ROOT / "__main__.py"))
+        program()
         return _exports(graph)
 
     run()

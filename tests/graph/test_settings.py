@@ -1,0 +1,224 @@
+"""What the program refuses to start with, before anything is registered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pulumi
+import pytest
+from cryptography.hazmat.primitives import serialization as form
+from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
+
+from components.secrets import public_half
+from mailsite.loader import load_platform
+from mailsite.records import public_key_base64
+
+from .conftest import live_config, stack_config
+from .graph import COMMAND, MARK, PRIVATE_KEY, ROOT, Graph, build
+
+HOST = "out1.hosts.example.org"
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIA/7Nhj+QV63qMIL+VztXuUc6z0XFWi87ZXyrbfcj3cb"
+
+
+def refusal(config: Mapping[str, Any], *, preview: bool = False) -> str:
+    """The text that the operator reads; nothing may have been registered by then."""
+    seen = Graph()
+    with pytest.raises(pulumi.RunError) as caught:
+        build(config, preview=preview, graph=seen)
+    assert seen.registrations == {}
+    return str(caught.value)
+
+
+def without(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Callable[[Mapping[str, Any]], str]:
+    def write(world: Mapping[str, Any]) -> str:
+        path = tmp_path / "world.yaml"
+        path.write_text(json.dumps(world))
+        return str(path)
+
+    return write
+
+
+# -- live or not ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stack", ["prod", "example"])
+def test_up_refuses_the_committed_stacks(stack: str) -> None:
+    text = refusal(without(live_config(stack), "live"))
+    assert "is not live" in text
+    assert "make rehearsal" in text
+    assert "pulumi config set mail:live true" in text
+
+
+def test_up_refuses_a_stack_that_says_that_it_is_not_live() -> None:
+    assert "is not live" in refusal(live_config("example", live="false"))
+
+
+@pytest.mark.parametrize("stack", ["prod", "example"])
+def test_a_preview_of_the_committed_stacks_works_as_they_are(stack: str) -> None:
+    graph = build(stack_config(stack), preview=True)
+    assert graph.of_type(COMMAND)
+    (warning,) = [line for line in graph.log if "certificates are missing" in line]
+    assert "pulumi config set --secret --path 'mail:certificates[" in warning
+
+
+def test_a_preview_without_certificates_has_the_resources_of_an_update() -> None:
+    config = live_config("example")
+    bare = build(without(config, "certificates"), preview=True)
+    assert set(bare.registrations) == set(build(config).registrations)
+
+
+def test_a_rehearsal_needs_no_live_stack(overlay: Callable[[Mapping[str, Any]], str]) -> None:
+    config = without(live_config("example"), "live") | {"rehearsal": overlay({})}
+    assert build(config).of_type(COMMAND)
+
+
+def test_existing_machines_of_a_rehearsal_have_keys_of_their_own(
+    overlay: Callable[[Mapping[str, Any]], str],
+) -> None:
+    keys = {f"edge{n}.hosts.example.org": KEY for n in (1, 2)}
+    graph = build(live_config("example", rehearsal=overlay({"ssh_host_keys": keys})))
+    for name in keys:
+        found = graph.one(COMMAND, f"{name}-config")
+        assert found.inputs["connection"]["hostKey"] == KEY
+
+
+# -- what is missing or wrong -----------------------------------------------------------------
+
+
+def test_up_without_a_certificate_names_the_command_that_gives_it() -> None:
+    text = refusal(without(live_config("example"), "certificates"))
+    for part in ("chain", "key"):
+        assert f"'mail:certificates[\"submission.example.org\"].{part}'" in text
+
+
+def test_up_without_any_key_to_log_in_with_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    config = without(live_config("example"), "deployKey")
+    assert "start an ssh agent" in refusal(config)
+    monkeypatch.setenv("SSH_AUTH_SOCK", "/run/agent.1")
+    for push in build(config).of_type(COMMAND):
+        # The socket's path is new at every login: as an input it would run every push again.
+        assert not {"privateKey", "agentSocketPath"} & set(push.inputs["connection"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"site": None}, "mail:site is not set"),
+        ({"deployPublicKey": None}, "mail:deployPublicKey is not set"),
+        ({"site": "sites/none"}, "does not exist"),
+        ({"zoneIds": {"example.org": "short"}}, "32 hexadecimal"),
+        ({"zoneIds": {"example.edu": "0" * 32}}, "'example.edu' is no zone of the platform"),
+        ({"zoneIds": "nonsense"}, "mail:zoneIds is no mapping"),
+        ({"secrets": {"dkim/example.org": MARK}}, "'dkim/example.org' is no secret"),
+        ({"secrets": {"sasl/alice": MARK}}, "sasl/alice is no Dovecot hash"),
+        ({"secrets": {"sasl/alice": ""}}, "sasl/alice is no text"),
+        ({"certificates": {"submission.example.org": {"key": MARK}}}, "'chain' and 'key'"),
+        (
+            {"certificates": {"submission.example.org": {"key": MARK, "chain": MARK}}},
+            "not in PEM format",
+        ),
+    ],
+)
+def test_bad_configuration_is_one_clear_error_that_shows_no_value(
+    changes: Mapping[str, Any], words: str
+) -> None:
+    config = {k: v for k, v in live_config("example", **changes).items() if v is not None}
+    for preview in (False, True):
+        text = refusal(config, preview=preview)
+        assert words in text
+        assert MARK not in text
+
+
+def test_bad_site_data_is_refused_with_file_and_line(
+    edited: Callable[..., Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def misspell(data: Any) -> None:
+        data["hosts"][HOST]["rolls"] = ["smtp-out"]
+
+    with pytest.raises(pulumi.RunError, match=r"topology\.yaml:\d+: unknown key 'rolls'"):
+        edited("example", "topology.yaml", misspell)
+
+
+def test_dns_that_cannot_work_is_refused_before_anything_is_registered(
+    edited: Callable[..., Graph],
+) -> None:
+    def outside(data: Any) -> None:
+        data["names"]["smtp_out"] = "submission.example.edu"
+
+    with pytest.raises(pulumi.RunError):
+        edited("example", "site.yaml", outside)
+
+
+# -- secrets that the operator brought --------------------------------------------------------
+
+
+def pem(key: Any, private_format: Any = form.PrivateFormat.TraditionalOpenSSL) -> str:
+    encoded = key.private_bytes(form.Encoding.PEM, private_format, form.NoEncryption())
+    return str(encoded.decode())
+
+
+def test_a_given_dkim_key_is_used_and_its_public_half_published() -> None:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    given = pem(key)
+    public = key.public_key().public_bytes(
+        form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo
+    )
+    config = live_config("example", secrets={"dkim/example.org/s2026": given})
+    graph = build(config)
+    assert "dkim-example.org-s2026" not in {r.name for r in graph.of_type(PRIVATE_KEY)}
+    assert public_key_base64(public.decode()) in graph.outputs["zones"].replace('" "', "")
+    push = graph.one(COMMAND, f"{HOST}-secrets")
+    assert json.dumps(given)[1:-1] in push.inputs["stdin"]
+    body = given.splitlines()[1]
+    assert not any(body in r.visible for r in graph.registrations.values())
+
+
+def test_a_given_hash_replaces_the_generated_password() -> None:
+    hashed = f"{{BLF-CRYPT}}$2y$05${MARK}"
+    graph = build(live_config("example", secrets={"sasl/alice": hashed}))
+    assert "alice" not in graph.outputs["sasl_passwords"]
+    assert hashed in graph.one(COMMAND, f"{HOST}-secrets").inputs["stdin"]
+    assert not any(MARK in r.visible for r in graph.registrations.values())
+
+
+def test_a_given_host_key_is_expected_of_the_host() -> None:
+    key = ed25519.Ed25519PrivateKey.generate()
+    given = pem(key, form.PrivateFormat.OpenSSH)
+    graph = build(live_config("example", secrets={f"ssh-host-key/{HOST}": given}))
+    expected = public_half(given)
+    assert expected.startswith("ssh-ed25519 ")
+    assert graph.one(COMMAND, f"{HOST}-config").inputs["connection"]["hostKey"] == expected
+
+
+def test_secret_keys_of_the_configuration_are_secret_inputs_only() -> None:
+    graph = build(live_config("example"))
+    for push in graph.of_type(COMMAND):
+        assert "connection.privateKey" in push.secret or "connection" in push.secret
+
+
+def test_the_stack_files_name_sites_that_load() -> None:
+    for stack in ("prod", "example"):
+        config = stack_config(stack)
+        assert "live" not in config
+        platform = load_platform(ROOT / config["site"])
+        assert set(config.get("zoneIds", {})) <= {d.dns_zone for d in platform.domains.values()}
+
+
+def test_a_registration_before_a_refusal_would_be_seen() -> None:
+    def late() -> None:
+        pulumi.ComponentResource("mail:index:Host", "early")
+        raise pulumi.RunError("too late")
+
+    seen = Graph()
+    with pytest.raises(pulumi.RunError):
+        build(live_config("example"), program=late, graph=seen)
+    assert [r.name for r in seen.registrations.values()] == ["early"]
