@@ -1,7 +1,8 @@
-"""Remove what rehearsals leave on a machine, whoever started them and however they ended.
+"""Remove what a rehearsal leaves on a machine, however it ended.
 
-Nothing here relies on the state being whole: machines are found by their cgroups, processes by
-the namespaces that they are in, mounts and loop devices by the state folder that they lie in.
+Nothing here relies on the state being whole: machines are known by their folders and found by
+their cgroups, processes by the namespaces that they are in, mounts and loop devices by the state
+folder that they lie in. Machines of another state folder are left alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from rehearsal import machine, network
@@ -43,8 +45,6 @@ def claim(state: State) -> None:
                 f"run: make down, in {other.parent}",
             )
         clean(other)
-    elif other is None and network.namespaces():
-        clean(None)
     RUN.mkdir(mode=0o700, exist_ok=True)
     write_atomic(RUN / "owner", f"{state.root}\n")
 
@@ -71,65 +71,76 @@ def down(state: State, progress: Progress) -> None:
         )
 
 
-def clean(root: Path | None) -> None:
+def clean(root: Path) -> None:
     """End the processes and remove mounts, loop devices, namespaces and cgroups.
 
-    ``root`` is the state folder that they belonged to, if it is known.
+    ``root`` is the state folder that they belong to; it stays, see :func:`down`.
     """
-    own = {os.getpid(), os.getppid()}
-    for process in _processes(root):
-        if process.pid not in own:
-            process.send(signal.SIGKILL)
-    for process in _processes(root):
-        if process.pid not in own:
-            with contextlib.suppress(RehearsalError):
-                wait_for(
-                    lambda p=process: not p.alive(),  # type: ignore[misc]
-                    timeout=5,
-                    what=f"process {process.pid} to die",
-                )
+    machines = _machines(root)
+    processes = _processes(root)
+    for process in processes:
+        process.send(signal.SIGKILL)
+    for process in processes:
+        with contextlib.suppress(RehearsalError):
+            wait_for(_gone(process), timeout=5, what=f"process {process.pid} to die")
     for mount in _mounts(root):
         subprocess.run(["umount", str(mount)], check=False, capture_output=True)
     for loop in _loops(root):
         subprocess.run(["losetup", "--detach", loop], check=False, capture_output=True)
-    network.tear_down()
-    machine.remove_all_cgroups()
+    network.tear_down(_namespaces(root))
+    for name in machines:
+        machine.remove_cgroups(name)
+    machine.remove_empty_cgroups()
 
 
 def leftovers(root: Path) -> list[str]:
     """What is still there of a rehearsal, in words."""
-    found = [f"process {p.pid}" for p in _processes(root) if p.pid != os.getpid()]
+    found = [f"process {p.pid}" for p in _processes(root)]
     found += [f"mount {m}" for m in _mounts(root)]
     found += [f"loop device {d}" for d in _loops(root)]
-    found += [f"namespace {n}" for n in network.namespaces()]
-    found += [f"cgroup {g}" for g in machine.cgroups()]
+    found += [f"namespace {n}" for n in _namespaces(root) if (network.NETNS / n).exists()]
+    found += [f"cgroup {g}" for n in _machines(root) for g in machine.cgroups(n)]
     return found
 
 
-def _processes(root: Path | None) -> list[ProcessId]:
+def _gone(process: ProcessId) -> Callable[[], bool]:
+    return lambda: not process.alive()
+
+
+def _machines(root: Path) -> list[str]:
+    """Names of the machines that the state folder has, or had when it was half removed."""
+    folder = root / "machines"
+    return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+
+
+def _namespaces(root: Path) -> list[str]:
+    machines = [network.machine_namespace(name) for name in _machines(root)]
+    return [*network.fixed_namespaces(), *machines]
+
+
+def _processes(root: Path) -> list[ProcessId]:
     """Those recorded, those in the machines' cgroups, those in the namespaces."""
     found: dict[int, ProcessId] = {}
-    if root is not None and root.exists():
-        with contextlib.suppress(json.JSONDecodeError, RehearsalError):
+    if (root / "processes.json").exists():
+        with contextlib.suppress(json.JSONDecodeError, KeyError, RehearsalError):
             for process in State(root).processes().values():
                 if process.alive():
                     found[process.pid] = process
-    for group in machine.cgroups():
+    for group in (g for name in _machines(root) for g in machine.cgroups(name)):
         for procs in group.rglob("cgroup.procs"):
             with contextlib.suppress(OSError):
                 for word in procs.read_text(encoding="ascii").split():
                     identity = ProcessId.of(int(word))
                     if identity is not None:
                         found[identity.pid] = identity
-    for process in network.inhabitants(network.namespaces()):
+    for process in network.inhabitants(_namespaces(root)):
         found[process.pid] = process
+    found.pop(os.getpid(), None)
     return list(found.values())
 
 
-def _mounts(root: Path | None) -> list[Path]:
+def _mounts(root: Path) -> list[Path]:
     """Mounts at or below the state folder, the innermost first."""
-    if root is None:
-        return []
     found: list[Path] = []
     for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
         place = Path(line.split(" ")[4].encode().decode("unicode_escape"))
@@ -138,10 +149,8 @@ def _mounts(root: Path | None) -> list[Path]:
     return found[::-1]
 
 
-def _loops(root: Path | None) -> list[str]:
+def _loops(root: Path) -> list[str]:
     """Loop devices whose files lie in the state folder; also when the file is gone."""
-    if root is None:
-        return []
     done = subprocess.run(
         ["losetup", "--json", "--list", "--output=NAME,BACK-FILE"], capture_output=True, text=True
     )

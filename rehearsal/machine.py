@@ -13,6 +13,7 @@ plug means to kill init: with nspawn killed the machine would go on running.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -404,20 +405,22 @@ class Machine:
 
 
 def destroy_all(state: State) -> None:
-    """Remove every machine of the state, and the cgroups that they had."""
+    """Remove every machine of the state."""
     for machine in Machine.all(state):
         machine.destroy()
-    remove_all_cgroups()
+    remove_empty_cgroups()
 
 
-def cgroups() -> tuple[Path, ...]:
-    """The top cgroup of the machines in each hierarchy where it exists."""
-    return tuple(g for g in (h / _GROUP for h in _hierarchies()) if g.exists())
+def cgroups(name: str) -> tuple[Path, ...]:
+    """A machine's cgroup in each hierarchy where it exists."""
+    return tuple(g for g in (h / _GROUP / name for h in _hierarchies()) if g.exists())
 
 
-def remove_all_cgroups() -> None:
-    for group in cgroups():
-        _remove_tree(group)
+def remove_empty_cgroups() -> None:
+    """Remove the cgroup above those of the machines, unless another rehearsal has machines."""
+    for hierarchy in _hierarchies():
+        with contextlib.suppress(OSError):
+            (hierarchy / _GROUP).rmdir()
 
 
 def detach(image: Path) -> None:
