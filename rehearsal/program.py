@@ -132,7 +132,7 @@ class Program:
         ``replace`` are names of resources that are replaced although nothing changed.
         Raises :class:`ProgramError` when the engine fails; its errors have been printed.
         """
-        changes: dict[str, int] = self._run("up", *replace, progress=progress)["changes"]
+        changes: dict[str, int] = self._run("up", replace=replace, progress=progress)["changes"]
         return changes
 
     def preview(self) -> None:
@@ -176,7 +176,8 @@ class Program:
     def _run(
         self,
         action: str,
-        *arguments: str,
+        *,
+        replace: Sequence[str] = (),
         progress: Progress | None = None,
         input: str | None = None,
     ) -> dict[str, Any]:
@@ -192,8 +193,7 @@ class Program:
                 f"--stack={self.stack}",
                 f"--pulumi={self.engine.pulumi}",
                 f"--started={started}",
-                "--",
-                *arguments,
+                *(f"--replace={name}" for name in replace),
             ],
             cwd=CHECKOUT,
             env=self.environment(),
@@ -478,7 +478,7 @@ def main() -> int:
     parser.add_argument("--stack", required=True)
     parser.add_argument("--pulumi", type=Path, required=True)
     parser.add_argument("--started", type=float, required=True)
-    parser.add_argument("names", nargs="*", help="resources to replace")
+    parser.add_argument("--replace", action="append", default=[], help="resource to replace")
     options = parser.parse_args()
     state = State(options.state)
     # The engine gets the signal too and ends in order; this process has to see it through.
@@ -490,7 +490,7 @@ def main() -> int:
         if options.action == "configure":
             inside.configure(json.load(sys.stdin))
         elif options.action == "up":
-            result = inside.up(options.names)
+            result = inside.up(options.replace)
         elif options.action == "preview":
             result = inside.preview()
         else:
