@@ -20,6 +20,7 @@ from mailsite.model import Platform
 
 _ZONE_ID = re.compile(r"[0-9a-f]{32}")
 _SECRET_NAME = re.compile(r"(dkim/[^/]+/[^/]+|sasl/[^/]+|ssh-host-key/[^/]+)")
+_SECRET_KEYS = ("secrets", "certificates", "deployKey")
 _CERTIFICATE_PARTS = {
     "chain": secret_names.certificate_chain,
     "key": secret_names.certificate_key,
@@ -55,6 +56,8 @@ class Settings:
             SettingsError: a key is missing or has the wrong shape.
         """
         config = config or pulumi.Config("mail")
+        for key in _SECRET_KEYS:
+            _refuse_plain(config, key)
         site, overlay = config.get("site"), config.get("rehearsal")
         if not site:
             raise SettingsError(
@@ -101,6 +104,14 @@ class Settings:
                 "no key to log in with: start an ssh agent and add the key whose public half is"
                 " mail:deployPublicKey (eval $(ssh-agent); ssh-add)"
             )
+
+
+def _refuse_plain(config: pulumi.Config, key: str) -> None:
+    if config.get(key) is not None and not pulumi.runtime.is_config_secret(f"mail:{key}"):
+        raise SettingsError(
+            f"mail:{key} stands unencrypted in the stack's file, so consider it known; make new"
+            f" secrets, run: pulumi config rm mail:{key}, and set them anew with --secret"
+        )
 
 
 def _object(config: pulumi.Config, key: str) -> Mapping[str, Any]:

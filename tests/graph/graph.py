@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import runpy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ _UNKNOWN = "04da6b54-80e4-46f7-96ec-b56ff0331ba9"
 
 #: Marks every secret that the mocks generate: no input may show it outside of a secret.
 MARK = "SECRETMARK"
+
+SECRET_KEYS = ("secrets", "certificates", "deployKey")
 
 COMMAND = "command:remote:Command"
 DOMAIN = "libvirt:index/domain:Domain"
@@ -233,11 +235,12 @@ def build(
     preview: bool = False,
     program: Callable[[], None] = platform_program,
     graph: Graph | None = None,
+    secret_keys: Sequence[str] = SECRET_KEYS,
 ) -> Graph:
     """Run ``program`` with ``config`` and return what it registered.
 
-    ``config``: values by key without the project's name, strings or objects. Keys of
-    :data:`SECRET_KEYS` are secret, as in a stack file. ``graph`` receives the registrations, for
+    ``config``: values by key without the project's name, strings or objects; those of
+    ``secret_keys`` are encrypted in the stack file. ``graph`` receives the registrations, for
     callers that expect a failure.
     """
     graph = graph if graph is not None else Graph()
@@ -246,7 +249,7 @@ def build(
         f"{PROJECT}:{key}": value if isinstance(value, str) else json.dumps(value)
         for key, value in config.items()
     }
-    pulumi.runtime.set_all_config(texts, [f"{PROJECT}:{k}" for k in SECRET_KEYS if k in config])
+    pulumi.runtime.set_all_config(texts, [f"{PROJECT}:{k}" for k in secret_keys if k in config])
     asyncio.set_event_loop(asyncio.new_event_loop())
     monitor = _Monitor(mocks, graph)
     sdk.set_mocks(mocks, project=PROJECT, stack="test", preview=preview, monitor=monitor)
@@ -276,9 +279,6 @@ def _exports(graph: Graph) -> pulumi.Output[None]:
                 graph.secret_outputs.add(name)
 
     return pulumi.Output.from_input(read())
-
-
-SECRET_KEYS = ("secrets", "certificates", "deployKey")
 
 
 def _is_secret(value: Any) -> bool:

@@ -17,7 +17,7 @@ from mailsite.loader import load_platform
 from mailsite.records import public_key_base64
 
 from .conftest import live_config, stack_config
-from .graph import COMMAND, MARK, PRIVATE_KEY, ROOT, Graph, build
+from .graph import COMMAND, MARK, PRIVATE_KEY, ROOT, SECRET_KEYS, Graph, build
 
 HOST = "out1.hosts.example.org"
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIA/7Nhj+QV63qMIL+VztXuUc6z0XFWi87ZXyrbfcj3cb"
@@ -156,6 +156,16 @@ def test_dns_that_cannot_work_is_refused_before_anything_is_registered(
 
     with pytest.raises(pulumi.RunError):
         edited("example", "site.yaml", outside)
+
+
+@pytest.mark.parametrize("key", ["secrets", "certificates", "deployKey"])
+def test_secrets_in_a_plain_stack_file_are_refused(key: str) -> None:
+    config = live_config("example", secrets={"sasl/alice": f"{{BLF-CRYPT}}{MARK}"})
+    seen = Graph()
+    with pytest.raises(pulumi.RunError, match=f"mail:{key} stands unencrypted") as caught:
+        build(config, graph=seen, secret_keys=[k for k in SECRET_KEYS if k != key])
+    assert MARK not in str(caught.value)
+    assert seen.registrations == {}
 
 
 # -- secrets that the operator brought --------------------------------------------------------
