@@ -48,11 +48,12 @@ names = dns(Stage.HOST, after=[])
 policy = dns(Stage.POLICY, after=[])
 
 # A user submits to a frontend, which passes the stream on to smtp-out, which signs and delivers.
-frontends = NginxStreams("nginx-streams", cluster(after=names.done))
+# A frontend is healthy only if a member answers through it, so the members come first.
 smtp_out = SmtpOutCluster("smtp-out", cluster(after=[*names.done, *policy.done]))
+frontends = NginxStreams("nginx-streams", cluster(after=smtp_out.done))
 
 # The public names of the services lead somewhere only once there is somebody to answer.
-dns(Stage.SERVICE, after=[*frontends.done, *smtp_out.done])
+dns(Stage.SERVICE, after=frontends.done)
 
 pulumi.export("zones", zone_data.text)
 pulumi.export("reverse_zones", ptr_text(platform))
