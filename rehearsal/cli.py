@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RehearsalError, SiteError) as error:
         print(f"\nrehearsal: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader has seen enough: `... mail | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(
             "\nrehearsal: interrupted; the same command goes on where this one stopped,"
@@ -230,24 +233,20 @@ def _mail(options: argparse.Namespace, progress: Progress) -> int:
 
 
 def _preview(options: argparse.Namespace, progress: Progress) -> int:
-    from rehearsal import engine, platform_up, program
+    from rehearsal import platform_up
 
     with _exclusively(progress):
         state = State()
-        site = platform_up.current(state)
-        site.platform()
-        program.Program(state, site.stack, engine.ensure(progress)).preview()
+        platform_up.current(state).platform()
+        platform_up.stack(state, progress).preview()
     return 0
 
 
 def _pulumi(options: argparse.Namespace, progress: Progress) -> int:
-    from rehearsal import engine, platform_up, program
+    from rehearsal import platform_up
 
     with _exclusively(progress):
-        state = State()
-        site = platform_up.current(state)
-        stack = program.Program(state, site.stack, engine.ensure(progress))
-        return stack.pulumi(options.words)
+        return platform_up.stack(State(), progress).pulumi(options.words)
 
 
 def _image(options: argparse.Namespace, progress: Progress) -> int:

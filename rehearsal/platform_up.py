@@ -77,6 +77,11 @@ def current(state: State) -> Site:
     return Site.of(str(known))
 
 
+def stack(state: State, progress: Progress) -> program.Program:
+    """The program of the rehearsal that is up, ready for another ``up``."""
+    return program.Program(state, current(state).stack, engine.ensure(progress))
+
+
 def up(site: Site, state: State, progress: Progress) -> dict[str, int]:
     """Bring everything up; returns the number of resources per kind of change.
 
@@ -106,9 +111,9 @@ def up(site: Site, state: State, progress: Progress) -> dict[str, int]:
     _write_overlay(state, platform, world, operators)
     start_standins(site, state, progress)
 
-    stack = program.Program(state, site.stack, found)
+    rehearsed = program.Program(state, site.stack, found)
     with progress.step("stack configuration"):
-        stack.configure(
+        rehearsed.configure(
             program.settings(
                 site.stack,
                 overlay=state.world_overlay,
@@ -118,7 +123,7 @@ def up(site: Site, state: State, progress: Progress) -> dict[str, int]:
             )
         )
     with progress.step(f"pulumi up --stack {site.stack}"):
-        return stack.up(progress)
+        return rehearsed.up(progress)
 
 
 def _at_once(steps: Sequence[tuple[str, Callable[[], None]]], progress: Progress) -> None:
