@@ -13,7 +13,7 @@ from verify.checks import checks
 from verify.client import Observer
 from verify.context import Context, Probe
 from verify.lookup import Lookup
-from verify.registry import Mode, Skipped
+from verify.registry import Mode, SelectionError, Skipped
 from verify.report import Report
 from verify.stack import Stack, StackError
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         report = verify(options)
-    except (StackError, SiteError, LookupError, ValueError, Skipped) as error:
+    except (StackError, SiteError, SelectionError, Skipped) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
     print(report.table(), end="")
@@ -63,7 +63,7 @@ def verify(options: argparse.Namespace) -> Report:
     Raises:
         StackError: The stack is not there, or not live.
         SiteError: Its site data is wrong.
-        LookupError: There is no such check.
+        SelectionError: There is no such check.
         Skipped: No rehearsal is up.
     """
     mode = Mode.LIVE if options.live else Mode.ALL if options.all else Mode.QUICK
@@ -96,7 +96,7 @@ def expand(text: str) -> list[str]:
     """Ids from ``--only``: a section stands for all its checks.
 
     Raises:
-        LookupError: There is no such check or section.
+        SelectionError: There is no such check or section.
     """
     found: list[str] = []
     for word in text.replace(",", " ").split():

@@ -115,13 +115,16 @@ class Pool:
         self,
         pairs: Iterator[tuple[IPv4Address, IPv6Address]],
         add: Callable[[IPv4Address, IPv6Address], None],
+        rest: float = REST,
     ) -> None:
         """
         Args:
             pairs: Addresses that nobody else uses.
             add: Makes the place have them.
+            rest: Seconds before an address is handed out again.
         """
         self._pairs = pairs
+        self._rest = rest
         self._add = add
         self._used: list[tuple[float, IPv4Address, IPv6Address]] = []
         self._lock = threading.Lock()
@@ -138,7 +141,7 @@ class Pool:
             return pair
 
     def _rested(self) -> tuple[IPv4Address, IPv6Address]:
-        if self._used and time.monotonic() - self._used[0][0] > self.REST:
+        if self._used and time.monotonic() - self._used[0][0] > self._rest:
             _, ipv4, ipv6 = self._used.pop(0)
             return ipv4, ipv6
         fresh = next(self._pairs, None)
@@ -148,5 +151,5 @@ class Pool:
         if not self._used:
             raise LookupError("no address is left for a client")
         handed, ipv4, ipv6 = self._used.pop(0)
-        time.sleep(max(0.0, handed + self.REST - time.monotonic()))
+        time.sleep(max(0.0, handed + self._rest - time.monotonic()))
         return ipv4, ipv6

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -157,10 +158,15 @@ class Context:
 
     def tls(self) -> ssl.SSLContext:
         """A client's TLS: the CAs that a client of this platform trusts, names verified."""
-        context = ssl.create_default_context()
-        for pem in self.platform.world.ca_certificates:
-            context.load_verify_locations(cadata=pem)
-        return context
+        return _tls(self.platform.world.ca_certificates)
+
+
+@cache
+def _tls(authorities: tuple[str, ...]) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    for pem in authorities:
+        context.load_verify_locations(cadata=pem)
+    return context
 
 
 def expect(condition: object, otherwise: str) -> None:

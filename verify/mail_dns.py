@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from mailsite.model import DkimKey, Dmarc, IPAddress, MailDomain, NetworkKind, Role
-from mailsite.records import ptr_text
+from mailsite.records import ptr_records
 from verify import mailauth
 from verify.context import Context, each, expect
 from verify.registry import Failed, check
@@ -276,10 +276,18 @@ def sending_addresses(ctx: Context) -> tuple[IPAddress, ...]:
     return tuple(found)
 
 
+def _bind_text(ctx: Context) -> str:
+    """The PTR records of every sending address; all others are in the stack's outputs."""
+    wanted = ((r.name, r.ttl, r.content) for r in ptr_records(ctx.platform))
+    needed = {a.reverse_pointer for a in sending_addresses(ctx)}
+    lines = [f"{name}. {ttl} IN PTR {target}." for name, ttl, target in wanted if name in needed]
+    return "\n".join(lines)
+
+
 @check("DNS-3", live=True)
 def senders_have_names(ctx: Context) -> str:
     """Every sending address has a PTR that resolves back, and the HELO name resolves."""
-    ctx.note(f"PTR records that the platform needs, as BIND text:\n{ptr_text(ctx.platform)}")
+    ctx.note(f"the reverse records that mail needs, as BIND text:\n{_bind_text(ctx)}")
     helo = ctx.platform.names.smtp_out
     expect(ctx.lookup.addresses(helo), f"the HELO name {helo} does not resolve")
 

@@ -93,48 +93,47 @@ def clients_are_known(ctx: Context) -> str:
     """The real client address reaches logs and mail; nobody else may claim one."""
     lab = ctx.lab
     domain = ctx.sending_domains[0]
-    known = each(frontend_doors(ctx), lambda door: _is_known(ctx, door, domain))
     strangers: list[Observer] = [
         *(o for o in (ctx.internet, ctx.office, ctx.local) if o is not None),
         *(lab.machine(m).observer for m in ctx.members),
     ]
-    tries = [
-        Door(client, m.name, address, m)
+    known = [partial(_is_known, ctx, door, domain) for door in frontend_doors(ctx)]
+    claims = [
+        partial(_cannot_claim, ctx, Door(client, m.name, address, m))
         for observer in strangers
         for client in (observer.client(),)
         for m in ctx.members
         for address in ctx.internal(m)
         if observer.place != m.name
     ]
-    each(tries, lambda door: _cannot_claim(ctx, door), workers=32)
-    each(frontend_doors(ctx)[:2], lambda door: _cannot_smuggle(ctx, door))
-    insiders = [
-        (Door(client, m.name, address, m), port)
+    smuggled = [partial(_cannot_smuggle, ctx, door) for door in frontend_doors(ctx)]
+    relays = [
+        partial(_is_no_relay, ctx, Door(client, m.name, address, m), port)
         for f in ctx.frontends
         for client in (lab.machine(f).observer.client(),)
         for m in ctx.members
         for address in ctx.internal(m)
         for port in (SUBMISSION, SUBMISSION_PROXY)
     ]
-    each(insiders, lambda case: _is_no_relay(ctx, *case), workers=16)
+    each([*known, *claims, *smuggled, *relays], lambda look: look(), workers=32)
     return (
         f"client addresses in Postfix's and Dovecot's logs and in Received on {len(known)} ways; "
-        f"PROXY headers refused on {len(tries)} ways from elsewhere; the {len(ctx.frontends)} "
-        "frontends may not relay"
+        f"PROXY headers refused on {len(claims)} ways from elsewhere and {len(smuggled)} through "
+        f"frontends; the {len(ctx.frontends)} frontends may not relay"
     )
 
 
-def _is_known(ctx: Context, door: Door, domain: str) -> IPAddress:
+def _is_known(ctx: Context, door: Door, domain: str) -> None:
     """A login, a wrong password and a mail through ``door`` show the client's own address."""
     lab = ctx.lab
     address = door.client.source(door.address)
     assert address is not None
+    mail = letter(f"{{token}}@{domain}", f"{{token}}@{lab.world.domain('generic')}")
+    submit(ctx, door, mail)
     with door.session(ctx) as session:
         member = session.banner.inner
         session.secure(ctx.tls(), ctx.platform.names.smtp_out)
         session.authenticate(ctx.probe.user, "wrong")
-    mail = letter(f"{{token}}@{domain}", f"{{token}}@{lab.world.domain('generic')}")
-    submit(ctx, door, mail)
     arrived = lab.world.arrival("generic", mail.recipient, 10.0)
     shown = f"[{address}]" if address.version == 4 else f"[IPv6:{address}]"
     received = arrived.header("Received")
@@ -152,7 +151,6 @@ def _is_known(ctx: Context, door: Door, domain: str) -> IPAddress:
 
     eventually(lambda: logged("postfix", "Postfix's journal"), seconds=5)
     eventually(lambda: logged("dovecot", "Dovecot's journal (a wrong password)"), seconds=5)
-    return address
 
 
 def _proxy_header(source: IPAddress, target: IPAddress) -> bytes:
@@ -204,21 +202,21 @@ def _next_reply(session: Session) -> tuple[int, str]:
 def _cannot_smuggle(ctx: Context, door: Door) -> None:
     """A header that a client sends through a frontend is no header any more."""
     header = _proxy_header(_loopback(door.address), door.address)
-    try:
-        opened = Session(
+    with (
+        suppress(OSError, Refused),
+        Session(
             door.client, door.address, SUBMISSION, say=ctx.say, preamble=header, timeout=5.0
-        )
-    except (OSError, Refused):
-        return
-    with opened as session:
+        ) as session,
+    ):
         code, text = _next_reply(session)
         expect(
             code in (-1, 221, 421) or code >= 500,
             f"{door}: a client's own PROXY header is answered with {code} {text}",
         )
-        if code in (-1, 221, 421):
-            return
-        with suppress(OSError, smtplib.SMTPException):
+    with door.session(ctx) as session:
+        code, reply = session.docmd(header.decode("ascii").strip())
+        expect(code >= 500, f"{door}: PROXY as a command is answered with {code} {reply!r}")
+        with suppress(OSError, smtplib.SMTPException):  # such a client may be hung up on
             session.secure(ctx.tls(), ctx.platform.names.smtp_out)
             code, text = session.envelope(ctx.probe.sender, _elsewhere(ctx))
             expect(code >= 500, f"{door}: a claimed address may relay: {code} {text}")

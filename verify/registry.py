@@ -37,6 +37,10 @@ class Skipped(Exception):
     """The check cannot be made here. The message says why, and what it would need."""
 
 
+class SelectionError(Exception):
+    """The checks that were asked for are not there, or not for this platform."""
+
+
 class Mode(StrEnum):
     """Which checks a run is for."""
 
@@ -157,13 +161,14 @@ class Registry:
         """The check of ``identifier``.
 
         Raises:
-            LookupError: There is none; the message lists those that there are.
+            SelectionError: There is none; the message lists those that there are.
         """
         try:
             return self._checks[identifier]
         except KeyError:
             there = " ".join(sorted(self._checks, key=contract_order))
-            raise LookupError(f"there is no check {identifier!r}; there are: {there}") from None
+            message = f"there is no check {identifier!r}; there are: {there}"
+            raise SelectionError(message) from None
 
     def all(self) -> tuple[Check, ...]:
         """Every check, in the order in which a run makes them."""
@@ -173,14 +178,14 @@ class Registry:
         """The checks of a run in the order to make them: those of ``mode``, or just ``only``.
 
         Raises:
-            LookupError: An id of ``only`` has no check.
-            ValueError: An id of ``only`` does not suit a live platform, and ``mode`` is live.
+            SelectionError: An id of ``only`` has no check, or ``mode`` is live and it does not
+                suit a live platform.
         """
         wanted = {self[identifier].id for identifier in only}
         if mode is Mode.LIVE:
             unfit = sorted(i for i in wanted if not self[i].live)
             if unfit:
-                raise ValueError(f"{', '.join(unfit)}: not for a live platform")
+                raise SelectionError(f"{', '.join(unfit)}: not for a live platform")
         if wanted:
             return tuple(c for c in self.all() if c.id in wanted)
         return tuple(c for c in self.all() if c.belongs_to(mode))

@@ -83,7 +83,8 @@ class Session(smtplib.SMTP):
 
     def getreply(self) -> tuple[int, bytes]:
         code, text = super().getreply()
-        self._say(f"S: {code} {text.decode('ascii', 'replace')}")
+        shown = text.decode("ascii", "replace").replace("\n", "\n       ")
+        self._say(f"S: {code} {shown}")
         return code, text
 
     @property

@@ -9,7 +9,7 @@ import pytest
 
 from verify.checks import MODULES, checks
 from verify.context import Context
-from verify.registry import Check, Failed, Mode, Phase, Registry, contract_order
+from verify.registry import Check, Failed, Mode, Phase, Registry, SelectionError, contract_order
 
 BUILT = {
     *(f"OUT-{n}" for n in range(1, 8)),
@@ -104,14 +104,14 @@ def test_only_some_ids_are_selected_in_the_order_of_a_run() -> None:
     for identifier in ("OUT-1", "OUT-2", "OUT-3"):
         registry.check(identifier)(looks)
     assert [c.id for c in registry.select(Mode.QUICK, ["OUT-3", "OUT-1"])] == ["OUT-1", "OUT-3"]
-    with pytest.raises(LookupError, match="no check 'OUT-9'; there are: OUT-1 OUT-2 OUT-3"):
+    with pytest.raises(SelectionError, match="no check 'OUT-9'; there are: OUT-1 OUT-2 OUT-3"):
         registry.select(Mode.ALL, ["OUT-9"])
 
 
 def test_a_live_run_refuses_what_is_not_live_even_when_it_is_named() -> None:
     registry = Registry()
     registry.check("EDGE-1", disruptive=True)(looks)
-    with pytest.raises(ValueError, match="EDGE-1: not for a live platform"):
+    with pytest.raises(SelectionError, match="EDGE-1: not for a live platform"):
         registry.select(Mode.LIVE, ["EDGE-1"])
 
 

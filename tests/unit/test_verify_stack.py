@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from verify import __main__ as program
+from verify.registry import SelectionError
 from verify.stack import Stack, StackError
 
 
@@ -56,7 +57,7 @@ def test_the_committed_prod_stack_is_refused_live(
 
 def test_a_section_stands_for_its_checks() -> None:
     assert sorted(program.expand("EDGE,OUT-1")) == ["EDGE-1", "EDGE-2", "EDGE-3", "EDGE-4", "OUT-1"]
-    with pytest.raises(LookupError, match="no check 'EDG'"):
+    with pytest.raises(SelectionError, match="no check 'EDG'"):
         program.expand("EDG")
 
 
