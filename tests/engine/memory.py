@@ -131,6 +131,8 @@ class Zones:
         with self._world.lock:
             if remove is not None:
                 self._world.served.pop(remove, None)
+                self._world.journal.append(f"withdraw {remove[0]} {remove[1].type}")
             if add is not None:
                 name, ttl, data = add
                 self._world.served[name, data] = ttl
+                self._world.journal.append(f"publish {name} {data.type}")

@@ -73,7 +73,7 @@ class Project:
     ) -> None:
         self.folder, self.engine, self.world = folder, engine, world
         self.name, self.stack_name = name, stack
-        self._config = dict(config or {})
+        self.config = dict(config or {})
         self._secrets = dict(secrets or {})
         for part in ("home", "backend", "work", "root/bin", "state"):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -106,8 +106,11 @@ class Project:
     def close(self) -> None:
         self.servers.stop()
 
-    def copy(self, folder: Path) -> Project:
-        """The same stack somewhere else, with the same world as it is now."""
+    def copy(self, folder: Path, config: Mapping[str, Any] | None = None) -> Project:
+        """The same stack somewhere else, with the same world as it is now.
+
+        ``config`` are settings that differ.
+        """
         for part in ("backend", "work", "state"):
             shutil.copytree(self.folder / part, folder / part)
         return Project(
@@ -116,7 +119,7 @@ class Project:
             self.world.copy(),
             name=self.name,
             stack=self.stack_name,
-            config=self._config,
+            config={**self.config, **(config or {})},
             secrets=self._secrets,
         )
 
@@ -137,7 +140,7 @@ class Project:
                 ),
             ),
         )
-        values = {key: automation.ConfigValue(_text(v)) for key, v in self._config.items()}
+        values = {key: automation.ConfigValue(_text(v)) for key, v in self.config.items()}
         values |= {key: automation.ConfigValue(v, secret=True) for key, v in self._secrets.items()}
         if values:
             stack.set_all_config(values)
