@@ -24,11 +24,12 @@ import dns.zone
 from mailsite.bundle import compose
 from mailsite.loader import load_platform
 from mailsite.model import Host, IPAddress, Platform
-from rehearsal import network
+from rehearsal import cleanup, existing, network, platform_up
 from rehearsal.ca import Authority
 from rehearsal.image import Layers
 from rehearsal.machine import Machine
-from rehearsal.state import State
+from rehearsal.progress import Progress
+from rehearsal.state import State, locked
 from rehearsal.world import plan
 from rehearsal.world.world import World
 from verify.client import Observer, Pool
@@ -384,6 +385,9 @@ class LabMachine:
 
     # What is not the platform's
 
+    FOREIGN_PAGE = existing.WEBSITE
+    FOREIGN_TABLE = "table {} {}".format(*existing.FIREWALL_TABLE)
+
     def foreign_tables(self) -> dict[str, str]:
         """Firewall tables that are not the platform's, with their rules without counters."""
         found = {}
@@ -435,7 +439,9 @@ class Lab:
         self.network = network.Network(platform, state)
         if not self.network.is_up:
             raise Skipped("no rehearsal is up; run: make rehearsal")
-        self.outside = World(state, platform, self.network, Layers((), (), (), Path()))
+        zone_ids = platform_up.current(state).config.get("mail:zoneIds", {})
+        no_layers = Layers((), (), (), Path())  # it is only looked at, not brought up
+        self.outside = World(state, platform, self.network, no_layers, zone_ids)
         self.world = LabWorld(self.outside, state)
 
     def machine(self, host: Host) -> LabMachine:
@@ -507,15 +513,33 @@ class Lab:
 
     def outputs(self) -> Mapping[str, object]:
         """The stack's outputs."""
-        raise NotImplementedError
+        with self._alone():
+            return platform_up.stack(self.state, Progress(quiet=True)).outputs()
 
     def up(self) -> dict[str, int]:
-        """Run ``up`` again. Returns how many resources the engine counts per kind of change."""
-        raise NotImplementedError
+        """Run `pulumi up` again. Returns how many resources the engine counts per kind of change.
+
+        Raises:
+            RehearsalError: The engine failed.
+        """
+        with self._alone():
+            return platform_up.stack(self.state, Progress(quiet=True)).up(Progress(quiet=True))
 
     def replace_with_bare(self, host: Host) -> None:
         """Have the engine replace the host's machine by one that starts from a bare Debian."""
-        raise NotImplementedError
+        mark = self.state.bare / host.name
+        mark.touch()
+        try:
+            with self._alone():
+                program = platform_up.stack(self.state, Progress(quiet=True))
+                program.up(Progress(quiet=True), replace=[f"{host.name}-root"])
+        finally:
+            mark.unlink()
+
+    @staticmethod
+    def _alone() -> AbstractContextManager[None]:
+        """No other command works on the rehearsal meanwhile."""
+        return locked(cleanup.RUN / "lock", Progress(), "another command works on the rehearsal")
 
     @contextmanager
     def outside_cut_off(self) -> Iterator[None]:

@@ -345,28 +345,27 @@ def _expect_same(frontend: Host, one: dict[str, str], other: dict[str, str], whe
     expect(not changed, f"{frontend.name}: changed when {when}: {', '.join(changed[:5])}")
 
 
-def _foreign_things_work(ctx: Context, frontend: Host) -> str:
+def _foreign_things_work(ctx: Context, frontend: Host) -> None:
     """The operator's own website answers in both families, and his firewall table is loaded."""
-    pages = []
+    machine = ctx.lab.machine(frontend)
     for address in ctx.public(frontend):
-        client = ctx.internet.client()
+        where = f"{frontend.name} [{address}]: the operator's website"
         connection = http.client.HTTPConnection(str(address), timeout=5)
         try:
-            connection.sock = client.connect(address, 80)
+            connection.sock = ctx.internet.client().connect(address, 80)
             connection.request("GET", "/")
             reply = connection.getresponse()
-            pages.append((reply.status, reply.read()))
+            page = reply.read().decode("utf-8", "replace")
         except OSError as error:
-            raise Failed(
-                f"{frontend.name} [{address}]: the operator's website does not answer: {error}"
-            ) from error
+            raise Failed(f"{where} does not answer: {error}") from error
         finally:
             connection.close()
-    status, page = pages[0]
+        expect(
+            reply.status == http.client.OK and page == machine.FOREIGN_PAGE,
+            f"{where} answers {reply.status} {page[:60]!r}",
+        )
+    tables = machine.foreign_tables()
     expect(
-        status == http.client.OK and page and all(other == pages[0] for other in pages),
-        f"{frontend.name}: the operator's website answers {', '.join(str(s) for s, _ in pages)}",
+        machine.FOREIGN_TABLE in tables,
+        f"{frontend.name}: the operator's firewall table is gone; there are: {', '.join(tables)}",
     )
-    tables = ctx.lab.machine(frontend).foreign_tables()
-    expect(tables, f"{frontend.name}: no firewall table but the platform's is loaded")
-    return page.decode("utf-8", "replace")
