@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +17,7 @@ from mailsite.loader import SiteError, load_platform
 from verify.context import Context, each, expect
 from verify.lab import LabMachine
 from verify.registry import Failed, check
+from verify.stack import PROJECT
 
 
 @dataclass(frozen=True)
@@ -119,13 +124,49 @@ def bad_data_is_refused(ctx: Context) -> str:
         return what
 
     told = each(sorted(cases.items()), look, workers=2)
-    refused = "" if ctx.is_live else f"; {_refused_by_the_program(ctx)}"
+    refused = "" if ctx.is_live else f"; {_refused_by_the_program(ctx, cases['unknown key'])}"
     return f"refused with file, line and remedy: {', '.join(told)}{refused}"
 
 
-def _refused_by_the_program(ctx: Context) -> str:
-    """The whole program, run by the engine, refuses before it opens any connection."""
-    raise NotImplementedError
+PROGRAM = """
+import os, runpy, sys
+
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "subprocess.Popen"):
+        os.write(2, f"contacted something: {event} {arguments}".encode())
+        os._exit(97)
+
+sys.addaudithook(watch)
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+"""Runs the platform's program and ends it where it tries to reach anything."""
+
+
+def _refused_by_the_program(ctx: Context, edit: Edit) -> str:
+    """The whole program, where there is no network at all, refuses in the same words."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / ctx.site.name
+        shutil.copytree(ctx.site, copy)
+        file, line = edit(copy)
+        config = {
+            "mail:site": str(copy),
+            "mail:rehearsal": str(ctx.lab.state.world_overlay),
+            "mail:deployPublicKey": "ssh-ed25519 AAAA",
+        }
+        done = subprocess.run(
+            ["unshare", "--net", sys.executable, "-c", PROGRAM, str(PROJECT / "__main__.py")],
+            cwd=PROJECT,
+            env={"PATH": os.environ["PATH"], "PULUMI_CONFIG": json.dumps(config)},
+            text=True,
+            capture_output=True,
+            timeout=60,
+        )
+    expect(
+        done.returncode not in (0, 97) and f"{file}:{line}: " in done.stderr,
+        f"the program, given bad site data, ends with {done.returncode}: "
+        f"{done.stderr.strip()[-500:] or 'silence'}",
+    )
+    return "the program itself refuses where there is no network"
 
 
 def spoilers(ctx: Context) -> dict[str, Edit]:

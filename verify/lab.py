@@ -97,7 +97,7 @@ class LabWorld:
     def _all(self, mx: str) -> list[Mail]:
         with self._lock:
             found = []
-            for path in sorted((self._folder / mx).glob("*.json")):
+            for path in sorted((self._folder / mx).glob("[0-9]*.json")):
                 if path not in self._read:
                     self._read[path] = _mail(path)
                 found.append(self._read[path])
