@@ -79,13 +79,15 @@ def preview(site: str, graphs: Callable[[str, bool], Graph]) -> Graph:
 def edited(tmp_path: Path) -> Callable[..., Graph]:
     """Build the graph of a site whose data has been changed by a function on its YAML."""
 
-    def get(site: str, file: str, change: Callable[[Any], None], **config: Any) -> Graph:
+    def get(
+        site: str, file: str, change: Callable[[Any], None], graph: Graph | None = None
+    ) -> Graph:
         folder = tmp_path / "site"
         shutil.copytree(ROOT / "sites" / site, folder)
         yaml = YAML()
         data = yaml.load(folder / file)
         change(data)
         yaml.dump(data, folder / file)
-        return build(live_config(site, site=str(folder), **config))
+        return build(live_config(site, site=str(folder)), graph=graph)
 
     return get

@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization as form
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
-from components.secrets import public_half
+from components.secrets import SecretStore, SecretStoreArgs, public_half
 from mailsite.loader import load_platform
 from mailsite.records import public_key_base64
 
@@ -151,11 +151,13 @@ def test_bad_site_data_is_refused_with_file_and_line(
 def test_dns_that_cannot_work_is_refused_before_anything_is_registered(
     edited: Callable[..., Graph],
 ) -> None:
-    def outside(data: Any) -> None:
-        data["names"]["smtp_out"] = "submission.example.edu"
+    def too_many(data: Any) -> None:
+        data["spf"] = [f"include:s{n}.example.net" for n in range(9)]
 
-    with pytest.raises(pulumi.RunError):
-        edited("example", "site.yaml", outside)
+    seen = Graph()
+    with pytest.raises(pulumi.RunError, match=r"12 DNS lookups"):
+        edited("example", "domains/example.org.yaml", too_many, graph=seen)
+    assert seen.registrations == {}
 
 
 @pytest.mark.parametrize("key", ["secrets", "certificates", "deployKey"])
@@ -232,3 +234,26 @@ def test_a_registration_before_a_refusal_would_be_seen() -> None:
     with pytest.raises(pulumi.RunError):
         build(live_config("example"), program=late, graph=seen)
     assert [r.name for r in seen.registrations.values()] == ["early"]
+
+
+def test_whatever_the_store_hands_out_is_a_secret() -> None:
+    platform = load_platform(ROOT / "sites/example")
+    hashed = platform.sasl_users["bob"].model_copy(update={"password_hash": "{PLAIN}x"})
+    platform = platform.model_copy(
+        update={"sasl_users": {**platform.sasl_users, hashed.name: hashed}}
+    )
+    names = ["dkim/example.org/s2026", "sasl/alice", "sasl/bob", f"ssh-host-key/{HOST}"]
+    secrecy: dict[str, bool] = {}
+
+    def program() -> None:
+        store = SecretStore("secrets", SecretStoreArgs(platform, {}, [HOST], []))
+        outputs = {name: store.get(name) for name in names} | {"digest": store.digest_key}
+
+        async def look() -> None:
+            for name, output in outputs.items():
+                secrecy[name] = await output.is_secret()
+
+        pulumi.Output.from_input(look())
+
+    build(live_config("example"), program=program)
+    assert secrecy == dict.fromkeys([*names, "digest"], True)

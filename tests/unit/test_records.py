@@ -568,3 +568,12 @@ def test_members_behind_a_gateway_send_from_it_and_others_as_themselves() -> Non
     member = EXAMPLE.members(Role.SMTP_OUT)[0]
     leg: Interface = member.interfaces[0]
     assert senders(EXAMPLE)[leg.ipv6] == member.name
+
+
+def test_a_member_with_two_legs_sends_by_its_public_name() -> None:
+    two_legs = PROD.members(Role.SMTP_IN)[0]
+    member = two_legs.model_copy(update={"roles": (Role.SMTP_OUT,)})
+    platform = changed(PROD, hosts={**PROD.hosts, member.name: member})
+    leg = platform.leg(member, NetworkKind.PUBLIC)
+    assert leg is not None
+    assert senders(platform)[leg.ipv4] == public_name(PROD, member) != member.name
