@@ -1,14 +1,15 @@
-#!/usr/bin/env python3
+#!/usr/bin/python3 -IB
 """Applies a configuration to the machine it runs on, and takes it back when it does not work.
 
 A push hands over one JSON document of files, packages, checks, services and health checks. The
-agent stages the files, installs missing packages without starting them, builds maps and runs the
-daemons' own checkers in a private mount namespace where the staged files lie at their final
-paths. Only then it switches, as a journalled series of renames, reloads what changed, and asks
-whether the machine is healthy. Any failure brings back every file and service as it was.
+agent installs missing packages without starting them, builds maps and runs the daemons' own
+checkers in a private mount namespace where the wanted files lie at their final paths. It stages
+the files beside the live ones. Only then it switches, as a journalled series of renames, reloads
+what changed, and asks whether the machine is healthy. Any failure brings back every file and
+service as it was; that takes renames alone, so it works on a full disk.
 
-One commit point: the rename of ``active.json``. A transaction that has not reached it is undone,
-by the run itself, by the next run, or at boot (``recover``).
+One commit point: the rename to ``active.json``. A transaction that has not reached it is undone,
+by the run itself, by systemd when the run was killed, by the next run, or at boot (``recover``).
 
 Standard library only: it must run on a bare Debian. State is in /var/lib/mail-agent, for root
 alone.
@@ -23,25 +24,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import errno
 import fcntl
 import grp
 import hashlib
+import io
 import json
 import os
 import pwd
 import re
+import resource
 import secrets
+import select
 import shutil
+import signal
 import socket
 import stat
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 FORMAT = 1
 AGENT_PATH = "/usr/local/sbin/mail-agent"
@@ -49,16 +55,23 @@ LOCKOUT_UNIT = "mail-agent-lockout"
 LOCKOUT_SECONDS = 90
 REAPPLIED_LOCKOUT_SECONDS = 600
 LOCK_SECONDS = 900
+RUN_SECONDS = 3600
+START_SECONDS = 60
+RELOAD_SECONDS = 15
+STEADY_SECONDS = 1.0
 POLICY_RC_D = "/usr/sbin/policy-rc.d"
+POLICY_ASIDE = "/usr/sbin/.policy-rc.d.mail-agent"
 POLICY_TEXT = "#!/bin/sh\n# mail-agent: services stay down while packages are installed\nexit 101\n"
 KEPT_RUNS = 10
+JOURNAL_FORMAT = 1
+NEW, OLD = "new", "old"
 
 EXIT_ERROR, EXIT_BAD, EXIT_DRIFT, EXIT_REFUSED, EXIT_ROLLED_BACK, EXIT_LOCKED, EXIT_AGAIN = range(
     1, 8
 )
 
 _CLONE_NEWNS = 0x00020000
-_MS_REC, _MS_PRIVATE = 0x4000, 0x40000
+_MS_RDONLY, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 0x1, 0x20, 0x1000, 0x4000, 0x40000
 
 
 class AgentError(Exception):
@@ -107,27 +120,36 @@ class System:
         return self.root / path.lstrip("/")
 
     def run(self, command: Sequence[str], timeout: float = 600) -> Done:
+        """Run a command. What it says goes to memory: neither a full disk nor a daemon that
+        keeps its standard output open can hold it up."""
         environment = {
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": "/root",
             "LC_ALL": "C.UTF-8",
             "DEBIAN_FRONTEND": "noninteractive",
+            "APT_LISTCHANGES_FRONTEND": "none",
+            "NEEDRESTART_SUSPEND": "1",
+            "UCF_FORCE_CONFFOLD": "1",
         }
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=timeout,
-                env=environment,
-                check=False,
-            )
-        except FileNotFoundError:
-            return Done(127, "", f"{command[0]}: no such command")
-        except subprocess.TimeoutExpired:
-            return Done(124, "", f"{command[0]}: no answer after {timeout:.0f} s")
-        return Done(done.returncode, done.stdout, done.stderr)
+        with memory_file() as out, memory_file() as err:
+            try:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    env=environment,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                return Done(127, "", f"{command[0]}: {error.strerror}")
+            if not ended_within(process.pid, timeout):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return Done(124, read_all(out), f"{command[0]}: no answer after {timeout:.0f} s")
+            code = process.wait()
+            return Done(code, read_all(out), read_all(err))
 
     def ids(self, owner: str, group: str) -> tuple[int, int]:
         """Numeric owner and group.
@@ -151,8 +173,23 @@ class System:
             group = str(gid)
         return owner, group
 
-    def give(self, path: Path, uid: int, gid: int) -> None:
-        os.chown(path, uid, gid, follow_symlinks=False)
+
+def memory_file() -> BinaryIO:
+    return os.fdopen(os.memfd_create("mail-agent"), "w+b")
+
+
+def read_all(stream: BinaryIO) -> str:
+    stream.seek(0)
+    return stream.read().decode(errors="replace")
+
+
+def ended_within(pid: int, seconds: float) -> bool:
+    """Wait for a child to end, without polling."""
+    handle = os.pidfd_open(pid)
+    try:
+        return bool(select.select([handle], [], [], seconds)[0])
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:
@@ -163,16 +200,64 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def opened(root: Path, path: str) -> Iterator[tuple[int, str]]:
+    """The folder of ``path`` below ``root``, as an open handle, and the last part of the path.
+
+    Every step is a real folder: whoever may write to one on the way cannot lead the agent
+    somewhere else with a symbolic link.
+
+    Raises:
+        AgentError: the path leads through a symbolic link.
+        FileNotFoundError: the folder is missing.
+    """
+    *folders, name = path.strip("/").split("/")
+    handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for number, part in enumerate(folders, start=1):
+            try:
+                deeper = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=handle)
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                    way = "/".join(("", *folders[:number]))
+                    raise AgentError(
+                        f"{path} leads through {way}, a symbolic link or a file"
+                    ) from error
+                raise
+            os.close(handle)
+            handle = deeper
+        yield handle, name
+    finally:
+        os.close(handle)
+
+
+def beside(name: str, what: str) -> str:
+    """Name of the staged (``NEW``) or kept (``OLD``) file beside the live one ``name``."""
+    return f".{name}.mail-agent-{what}"
+
+
+def remove(name: str, folder: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+
+
+def status_of(name: str, folder: int) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
 def write_file(path: Path, content: bytes, mode: int = 0o600) -> None:
     """Write a file so that after a crash it is there whole, or as it was."""
     fresh = path.with_name(f".{path.name}.mail-agent")
     fresh.unlink(missing_ok=True)
-    handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(handle, "wb") as stream:
         stream.write(content)
         stream.flush()
-        os.fsync(stream.fileno())
-    fresh.chmod(mode)
+        os.fchmod(handle, mode)
+        os.fsync(handle)
     fresh.replace(path)
     sync_folder(path.parent)
 
@@ -182,7 +267,13 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AgentError(
+            f"{path} is damaged ({type(error).__name__}); when it is moved away, the next push"
+            " takes the files over as they lie"
+        ) from error
 
 
 def digest(content: bytes) -> str:
@@ -245,31 +336,42 @@ def checked_path(path: object) -> str:
         not isinstance(path, str)
         or not _PATH.fullmatch(path)
         or any(part in (".", "..") for part in path.split("/"))
+        or len(path.rsplit("/", 1)[-1].encode(errors="replace")) > 230
     ):
         raise BadDocument(f"{path!r} is no absolute path of a file")
     return path
 
 
 def parse_files(document: Mapping[str, Any], secret: bool) -> dict[str, File]:
+    """The files of a document.
+
+    Raises:
+        BadDocument: what is wrong, without a word of any content.
+    """
     files: dict[str, File] = {}
-    attributes = document.get("attributes", {})
-    for path, content in document.get("files", {}).items():
-        about = attributes.get(path)
+    contents, attributes = document.get("files"), document.get("attributes")
+    if not isinstance(contents, dict) or not isinstance(attributes, dict):
+        raise BadDocument("the document has no files or no attributes")
+    for path, content in contents.items():
+        about = attributes.get(checked_path(path))
         if not isinstance(content, str) or not isinstance(about, dict):
             raise BadDocument(f"{path}: content or attributes are missing")
-        mode = int(str(about["mode"]), 8)
+        try:
+            mode = int(str(about["mode"]), 8)
+            owner, group = str(about["owner"]), str(about["group"])
+        except (KeyError, ValueError) as error:
+            raise BadDocument(f"{path}: owner, group or mode is missing or wrong") from error
         if mode & ~0o777:
             raise BadDocument(f"{path}: mode {mode:o} has bits beyond permissions")
         if secret and mode & 0o007:
             raise BadDocument(f"{path}: a secret that others may read (mode {mode:04o})")
-        files[checked_path(path)] = File(
-            content.encode(),
-            str(about["owner"]),
-            str(about["group"]),
-            mode,
-            str(about.get("template", "")),
-            secret,
-        )
+        try:
+            encoded = content.encode()
+        except UnicodeEncodeError:
+            # Not chained: the error would carry the content.
+            raise BadDocument(f"{path}: its content is no text") from None
+        template = str(about.get("template", ""))
+        files[path] = File(encoded, owner, group, mode, template, secret)
     return files
 
 
@@ -299,7 +401,7 @@ class Bundle:
         try:
             return cls(
                 host=str(document["host"]),
-                digest=digest(text.encode()),
+                digest=digest(text.encode(errors="surrogatepass")),
                 files=parse_files(document, secret=False),
                 secret_paths=tuple(checked_path(p) for p in document["secret_paths"]),
                 packages=tuple(str(p) for p in document["packages"]),
@@ -335,8 +437,10 @@ class Bundle:
                 health=tuple(dict(h) for h in document["health"]),
                 guarded=tuple(str(p) for p in document["guarded"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadDocument(f"the document is not a host bundle: {error!r}") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BadDocument(
+                f"the document is not a host bundle: {type(error).__name__}: {error}"
+            ) from error
 
 
 def load_document(text: str) -> dict[str, Any]:
@@ -391,34 +495,25 @@ def look(path: Path) -> Live:
     )
 
 
-def refuse_links(system: System, path: str) -> None:
-    """Refuse a path that leads through a symbolic link: files would land somewhere else."""
-    folder = system.root
-    for part in path.strip("/").split("/")[:-1]:
-        folder = folder / part
-        if folder.is_symlink():
-            raise AgentError(f"{path} leads through {folder}, a symbolic link")
-
-
 # -- transactions -----------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Operation:
     """One path that a transaction changes. ``new`` None: the file goes."""
 
     path: str
     before: Live
-    new: dict[str, Any] | None
-    index: int
+    new: Mapping[str, Any] | None
 
 
 class Transaction:
     """A journalled change of files, in ``<state>/transaction``.
 
-    ``new/<i>`` holds the wanted content of operation i and ``old/<i>`` what lay there. The
-    journal is complete on disk before the first rename. Every step may be repeated, so undoing
-    works from any point at which the machine died.
+    The wanted file is staged beside the live one, and a second link keeps what lay there. The
+    journal is on disk before the first of these; it says ``ready`` before the first rename that
+    the machine can see. To undo takes renames alone: no space, no writing. Every step may be
+    repeated, so undoing works from any point at which the machine died.
     """
 
     def __init__(self, system: System) -> None:
@@ -433,122 +528,193 @@ class Transaction:
         journal: dict[str, Any] = read_json(self.folder / "journal.json")
         return journal
 
+    # what is noted on the way
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest of the generation that this transaction brings."""
+        manifest: dict[str, Any] = read_json(self.folder / "manifest.json")
+        return manifest
+
+    @property
+    def pending(self) -> bool:
+        """Whether the generation is in place, healthy, and waits to be confirmed."""
+        return (self.folder / "pending").exists()
+
+    def set_pending(self) -> None:
+        write_file(self.folder / "pending", b"")
+
+    def note(self, verb: str, unit: str) -> None:
+        """Note what is about to be done to a unit."""
+        with (self.folder / "touched").open("a", encoding="utf-8") as stream:
+            stream.write(f"{verb} {unit}\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def touched(self) -> list[tuple[str, str]]:
+        """Verbs and units, in the order in which they were noted."""
+        path = self.folder / "touched"
+        if not path.exists():
+            return []
+        rows = (line.partition(" ") for line in path.read_text(encoding="utf-8").splitlines())
+        return [(verb, unit) for verb, _, unit in rows if unit]
+
+    # the change itself
+
     def prepare(
         self,
         identity: str,
         operations: Sequence[Operation],
         content: Mapping[str, bytes],
         services: Mapping[str, Any],
+        manifest: Mapping[str, Any],
     ) -> None:
-        """Write everything that is needed to switch and to undo. ``services``: their states."""
-        self.discard()
-        for name in ("new", "old"):
-            (self.folder / name).mkdir(mode=0o700, parents=True)
-        self.folder.chmod(0o700)
-        made: list[str] = []
-        rows = []
-        for operation in operations:
-            if operation.before.kind == "file":
-                old = self.system.live(operation.path).read_bytes()
-                if digest(old) != operation.before.sha256:
-                    raise AgentError(f"{operation.path} changed while the run was under way")
-                write_file(self.folder / "old" / str(operation.index), old)
-            if operation.new is not None:
-                write_file(self.folder / "new" / str(operation.index), content[operation.path])
-                made += self._missing_folders(operation.path)
-            rows.append(
-                {
-                    "path": operation.path,
-                    "index": operation.index,
-                    "before": vars(operation.before),
-                    "new": operation.new,
-                }
-            )
-        write_json(
-            self.folder / "journal.json",
-            {
-                "identity": identity,
-                "operations": rows,
-                "folders": sorted(set(made)),
-                "services": services,
-            },
-        )
-        sync_folder(self.system.state)
+        """Write everything that is needed to switch and to undo. ``services``: their states.
 
-    def _missing_folders(self, path: str) -> list[str]:
-        missing = []
+        Raises:
+            AgentError, OSError: it cannot be done. The live files are as they were.
+        """
+        self.discard()
+        self.folder.mkdir(mode=0o700)
+        # Another version of the agent may have to undo this; a lock-out timer runs it, too.
+        write_file(self.folder / "mail-agent", Path(__file__).read_bytes(), 0o700)
+        write_json(self.folder / "manifest.json", manifest)
+        folders = sorted({f for o in operations if o.new for f in self._missing_folders(o.path)})
+        journal = {
+            "format": JOURNAL_FORMAT,
+            "identity": identity,
+            "ready": False,
+            "operations": [
+                {"path": o.path, "before": vars(o.before), "new": o.new} for o in operations
+            ],
+            "folders": folders,
+            "mounts": sorted({self._mount_point(o.path) for o in operations}),
+            "services": services,
+        }
+        write_json(self.folder / "journal.json", journal)
+        sync_folder(self.system.state)
+        for folder in folders:
+            with opened(self.system.root, folder) as (parent, name):
+                os.mkdir(name, 0o755, dir_fd=parent)
+                os.fsync(parent)
+        for operation in operations:
+            self._stage(operation, content.get(operation.path, b""))
+        write_json(self.folder / "journal.json", journal | {"ready": True})
+
+    def _stage(self, operation: Operation, content: bytes) -> None:
+        path = operation.path
+        with opened(self.system.root, path) as (folder, name):
+            new, old = beside(name, NEW), beside(name, OLD)
+            remove(new, folder)
+            remove(old, folder)
+            if operation.before.kind != "none":
+                try:
+                    os.link(name, old, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+                except OSError as error:
+                    raise AgentError(
+                        f"{path} cannot be kept: {error.strerror}; is it a mount point, or has"
+                        " it gone?"
+                    ) from error
+                if look(self.system.live(path).with_name(old)) != operation.before:
+                    raise AgentError(f"{path} changed while the run was under way")
+            if operation.new is not None:
+                uid, gid = self.system.ids(operation.new["owner"], operation.new["group"])
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+                with os.fdopen(os.open(new, flags, 0o600, dir_fd=folder), "wb") as stream:
+                    stream.write(content)
+                    stream.flush()
+                    os.fchown(stream.fileno(), uid, gid)
+                    os.fchmod(stream.fileno(), int(operation.new["mode"], 8))
+                    os.fsync(stream.fileno())
+            os.fsync(folder)
+
+    def _missing_folders(self, path: str) -> Iterator[str]:
         folder = Path(path).parent
         while str(folder) != "/" and not self.system.live(str(folder)).exists():
-            missing.append(str(folder))
+            yield str(folder)
             folder = folder.parent
-        return missing
 
-    def note_services(self, services: Mapping[str, Any]) -> None:
-        """Add what is known of services, before anything is done to them."""
-        journal = self.journal()
-        journal["services"] = services
-        write_json(self.folder / "journal.json", journal)
+    def _mount_point(self, path: str) -> str:
+        """The mount point, below the root, that the file is on."""
+        folder = Path(path).parent
+        while str(folder) != "/" and not self.system.live(str(folder)).is_mount():
+            folder = folder.parent
+        return str(folder)
 
     def switch(self) -> None:
         """Put the new files in place."""
-        journal = self.journal()
-        for folder in journal["folders"]:
-            path = self.system.live(folder)
-            path.mkdir(mode=0o755, exist_ok=True)
-            path.chmod(0o755)
-        for row in journal["operations"]:
-            live = self.system.live(row["path"])
-            if row["new"] is None:
-                live.unlink(missing_ok=True)
-                if live.parent.is_dir():
-                    sync_folder(live.parent)
-                continue
-            uid, gid = self.system.ids(row["new"]["owner"], row["new"]["group"])
-            content = (self.folder / "new" / str(row["index"])).read_bytes()
-            self._put(live, content, uid, gid, int(row["new"]["mode"], 8))
+        for row in self.journal()["operations"]:
+            with opened(self.system.root, row["path"]) as (folder, name):
+                if row["new"] is None:
+                    remove(name, folder)
+                else:
+                    os.rename(beside(name, NEW), name, src_dir_fd=folder, dst_dir_fd=folder)
+                os.fsync(folder)
 
     def undo(self) -> None:
-        """Put back what lay there: content, owner, mode, links, and absence."""
+        """Put back what lay there: content, owner, mode, links, and absence.
+
+        Raises:
+            AgentError, OSError: something cannot be put back; it may be tried again.
+        """
         journal = self.journal()
+        self._mount(journal["mounts"])
         for row in reversed(journal["operations"]):
-            live = self.system.live(row["path"])
-            fresh = live.with_name(f".{live.name}.mail-agent")
-            fresh.unlink(missing_ok=True)
-            before = Live(**row["before"])
-            if before.kind == "none":
-                live.unlink(missing_ok=True)
-            elif before.kind == "link":
-                fresh.symlink_to(before.target)
-                self.system.give(fresh, before.uid, before.gid)
-                fresh.replace(live)
-            else:
-                content = (self.folder / "old" / str(row["index"])).read_bytes()
-                self._put(live, content, before.uid, before.gid, before.mode)
-            if live.parent.is_dir():
-                sync_folder(live.parent)
-        for folder in sorted(journal["folders"], reverse=True):
+            with contextlib.suppress(FileNotFoundError):
+                self._put_back(row, journal["ready"])
+        for folder in reversed(journal["folders"]):
             with contextlib.suppress(OSError):
                 self.system.live(folder).rmdir()
 
-    def _put(self, live: Path, content: bytes, uid: int, gid: int, mode: int) -> None:
-        fresh = live.with_name(f".{live.name}.mail-agent")
-        fresh.unlink(missing_ok=True)
-        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            self.system.give(fresh, uid, gid)
-            os.fchmod(stream.fileno(), mode)
-            os.fsync(stream.fileno())
-        fresh.replace(live)
-        sync_folder(live.parent)
+    def _put_back(self, row: Mapping[str, Any], ready: bool) -> None:
+        with opened(self.system.root, row["path"]) as (folder, name):
+            new, old = beside(name, NEW), beside(name, OLD)
+            switched = ready and status_of(new, folder) is None
+            kept = status_of(old, folder)
+            if switched and row["before"]["kind"] == "none":
+                remove(name, folder)
+            elif switched and kept is not None:
+                live = status_of(name, folder)
+                if live is None or not os.path.samestat(live, kept):
+                    os.rename(old, name, src_dir_fd=folder, dst_dir_fd=folder)
+                # Renaming one link of a file to another does nothing, and says it did.
+            remove(old, folder)
+            remove(new, folder)
+            os.fsync(folder)
+
+    def _mount(self, points: Sequence[str]) -> None:
+        """Make sure of the file systems that hold the files: early at boot they may be missing."""
+        for point in points:
+            if point != "/" and not self.system.live(point).is_mount():
+                done = self.system.run(["mount", point], timeout=60)
+                if done.code != 0:
+                    raise AgentError(f"{point} is not mounted: {done.err.strip()}")
+
+    def finish(self) -> None:
+        """Forget what lay there before, after the commit."""
+        for row in self.journal()["operations"]:
+            with (
+                contextlib.suppress(FileNotFoundError),
+                opened(self.system.root, row["path"]) as (folder, name),
+            ):
+                remove(beside(name, OLD), folder)
+                remove(beside(name, NEW), folder)
+                os.fsync(folder)
+        self.discard()
+
+    def abandon(self) -> None:
+        """Remove what an attempt to prepare left."""
+        if self.exists:
+            self.undo()
+        self.discard()
 
     def discard(self) -> None:
         """Forget the transaction, journal first: half a transaction must not look like one."""
+        if not self.folder.exists():
+            return
         (self.folder / "journal.json").unlink(missing_ok=True)
-        if self.folder.exists():
-            sync_folder(self.folder)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        sync_folder(self.folder)
+        shutil.rmtree(self.folder)
 
 
 # -- the store --------------------------------------------------------------------------------
@@ -602,30 +768,69 @@ class Store:
         manifest: dict[str, Any] = read_json(path)
         return manifest
 
+    @property
+    def committed(self) -> bool:
+        """Whether the transaction that lies there has reached its commit point."""
+        return bool(self.active().get("transaction") == self.transaction.journal()["identity"])
+
     def pending(self) -> dict[str, Any] | None:
         """A generation that is in place and waits to be confirmed."""
-        path = self.folder / "pending.json"
-        if not path.exists() or not self.transaction.exists:
+        transaction = self.transaction
+        if not transaction.exists or not transaction.pending or self.committed:
             return None
-        pending: dict[str, Any] = read_json(path)
-        return pending
+        return transaction.manifest
 
-    def commit(self, manifest: Mapping[str, Any]) -> None:
-        """Make ``manifest`` the active generation: the one commit point."""
-        write_json(self.folder / "active.json", manifest)
-        (self.folder / "pending.json").unlink(missing_ok=True)
-        self.transaction.discard()
-        self._prune_secrets(str(manifest["secrets"]))
+    def commit(self) -> None:
+        """Make the transaction's generation the active one: the one commit point."""
+        (self.transaction.folder / "manifest.json").rename(self.folder / "active.json")
+        sync_folder(self.folder)
+
+    def complete(self) -> None:
+        """What is left to do after the commit point."""
+        self.transaction.finish()
+        self.forget_secrets()
+
+    def forget_secrets(self) -> None:
+        """Remove staged secrets that are not those of the active generation."""
+        kept = str(self.active()["secrets"])
+        for path in (self.folder / "secrets").glob("*.json"):
+            if path.stem != kept:
+                path.unlink()
 
     def secrets_path(self, label: str) -> Path:
         if not re.fullmatch(r"[0-9a-f]{64}", label):
             raise BadDocument("the digest of the secrets is not 64 hexadecimal digits")
         return self.folder / "secrets" / f"{label}.json"
 
-    def _prune_secrets(self, kept: str) -> None:
-        for path in (self.folder / "secrets").glob("*.json"):
-            if path.stem != kept:
-                path.unlink()
+    def remember_push(self, text: str, label: str) -> None:
+        """Keep the public part of a push: ``confirm`` may have to apply it again."""
+        write_json(self.folder / "incoming" / "last.json", {"bundle": text, "secrets": label})
+
+    def last_push(self) -> tuple[str, str]:
+        path = self.folder / "incoming" / "last.json"
+        if not path.exists():
+            return "", ""
+        last = read_json(path)
+        return str(last["bundle"]), str(last["secrets"])
+
+    def new_run(self) -> Path:
+        """A folder for a run. Names sort by age, whatever the clock does."""
+        runs = self.folder / "runs"
+        while True:
+            last = max((int(p.name, 16) for p in runs.iterdir()), default=0)
+            folder = runs / f"{max(time.time_ns(), last + 1):016x}"
+            try:
+                folder.mkdir(mode=0o700)
+            except FileExistsError:
+                continue
+            return folder
+
+    def prune_runs(self) -> None:
+        for old in sorted((self.folder / "runs").iterdir())[:-KEPT_RUNS]:
+            unit = f"mail-agent-{old.name}.service"
+            state = self.system.run(["systemctl", "is-active", unit]).out.strip()
+            if (old / "result").exists() or state not in ("active", "activating"):
+                shutil.rmtree(old, ignore_errors=True)
 
 
 # -- validation -------------------------------------------------------------------------------
@@ -634,9 +839,12 @@ class Store:
 class Sandbox:
     """A private mount namespace in which wanted files lie at their final paths.
 
-    Overlays on the top directories, with their upper layers on a tmpfs: the root of a machine
-    may be an overlay itself, which cannot carry another's upper layer.
+    Every file system but /proc, /sys and /dev lies below an overlay there, with its upper layer
+    on a tmpfs, so whatever a checker writes (a pid file, a missing folder of a queue) goes with
+    it. (The root of a machine may be an overlay itself, which cannot carry another's upper layer.)
     """
+
+    KEPT = ("/proc", "/sys", "/dev")
 
     def __init__(self, system: System) -> None:
         self.system = system
@@ -660,7 +868,8 @@ class Sandbox:
             try:
                 answer = self._inside(files, removed, maps, checks)
             except BaseException as error:
-                answer = {"outputs": {}, "failed": {"name": "sandbox", "words": repr(error)}}
+                words = str(error) if isinstance(error, AgentError) else told(error)
+                answer = {"outputs": {}, "failed": {"name": "the sandbox", "words": words}}
             with os.fdopen(writer, "w") as stream:
                 json.dump(answer, stream)
             os._exit(0)
@@ -668,9 +877,10 @@ class Sandbox:
         with os.fdopen(reader) as stream:
             text = stream.read()
         os.waitpid(child, 0)
-        if not text:
-            raise AgentError("the checkers' process died")
-        result: dict[str, Any] = json.loads(text)
+        try:
+            result: dict[str, Any] = json.loads(text)
+        except ValueError as error:
+            raise AgentError("the process that runs the checkers died") from error
         return result
 
     def _inside(
@@ -680,33 +890,7 @@ class Sandbox:
         maps: Sequence[MapBuild],
         checks: Sequence[Check],
     ) -> dict[str, Any]:
-        libc = ctypes.CDLL(None, use_errno=True)
-
-        def mount(source: str, target: str, kind: str | None, flags: int, data: str) -> None:
-            encoded = [x.encode() if x else None for x in (source, target, kind, data)]
-            if libc.mount(encoded[0], encoded[1], encoded[2], flags, encoded[3]) != 0:
-                number = ctypes.get_errno()
-                raise OSError(number, f"mount {target}: {os.strerror(number)}")
-
-        if libc.unshare(_CLONE_NEWNS) != 0:
-            raise OSError(ctypes.get_errno(), "unshare")
-        mount("none", "/", None, _MS_REC | _MS_PRIVATE, "")
-        base = self.system.state / "sandbox"
-        base.mkdir(mode=0o700, exist_ok=True)
-        mount("tmpfs", str(base), "tmpfs", 0, "mode=0700")
-        for number, top in enumerate(sorted({p.split("/")[1] for p in (*files, *removed)})):
-            upper, work = base / f"u{number}", base / f"w{number}"
-            upper.mkdir(mode=0o755)
-            work.mkdir()
-            (self.system.root / top).mkdir(exist_ok=True)
-            shutil.copystat(self.system.root / top, upper)
-            mount(
-                "overlay",
-                f"/{top}",
-                "overlay",
-                0,
-                f"lowerdir=/{top},upperdir={upper},workdir={work}",
-            )
+        self._cover({path.split("/")[1] for path in files})
         for path in removed:
             Path(path).unlink(missing_ok=True)
         for path, file in files.items():
@@ -714,8 +898,9 @@ class Sandbox:
             place.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             place.unlink(missing_ok=True)
             uid, gid = self.system.ids(file.owner, file.group)
-            write_file(place, file.content, file.mode)
+            write_file(place, file.content)
             os.chown(place, uid, gid)
+            place.chmod(file.mode)
         outputs: dict[str, Any] = {}
         built: set[tuple[str, ...]] = set()
         for build in maps:
@@ -723,11 +908,12 @@ class Sandbox:
                 built.add(build.command)
                 done = self.system.run(build.command)
                 if done.code != 0:
-                    return {
-                        "outputs": {},
-                        "failed": {"name": build.source, "words": done.err + done.out},
-                    }
+                    words = done.err + done.out
+                    return {"outputs": {}, "failed": {"name": build.source, "words": words}}
             output = Path(build.output)
+            if not output.is_file():
+                words = f"{' '.join(build.command)}: made no {output}"
+                return {"outputs": {}, "failed": {"name": build.source, "words": words}}
             about = output.stat()
             outputs[build.output] = {
                 "content": output.read_bytes().decode("latin-1"),
@@ -742,36 +928,136 @@ class Sandbox:
                 return {"outputs": outputs, "failed": {"name": check.name, "words": words}}
         return {"outputs": outputs, "failed": None}
 
+    def _cover(self, tops: Set[str]) -> None:
+        """Enter the namespace. ``tops``: top-level folders that files are going to be under."""
+        libc = ctypes.CDLL(None, use_errno=True)
 
-def explain(words: str, files: Mapping[str, File]) -> list[str]:
-    """A checker's words as ``path:line: words (template)``, where they name one of our files."""
-    told = []
-    for line in filter(None, (x.strip() for x in words.splitlines())):
-        for path in sorted(files, key=len, reverse=True):
-            if path not in line:
+        def mount(source: str, target: str, kind: str | None, flags: int, data: str = "") -> None:
+            words = [None if x is None else os.fsencode(x) for x in (source, target, kind, data)]
+            if libc.mount(words[0], words[1], words[2], flags, words[3]) != 0:
+                number = ctypes.get_errno()
+                raise OSError(number, f"mount {target}: {os.strerror(number)}")
+
+        base = self.system.state / "sandbox"
+        base.mkdir(mode=0o700, exist_ok=True)
+        for top in tops:
+            Path("/", top).mkdir(exist_ok=True)
+        if libc.unshare(_CLONE_NEWNS) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, f"unshare: {os.strerror(number)}")
+        mount("none", "/", None, _MS_REC | _MS_PRIVATE)
+        places = {f"/{p.name}" for p in Path("/").iterdir() if p.is_dir() and not p.is_symlink()}
+        places |= {point for point in mount_points() if point != "/"}
+        mount("tmpfs", str(base), "tmpfs", 0, "mode=0700")
+        # From here on by relative paths: base itself is going to be covered.
+        os.chdir(base)
+        Path("old").mkdir()
+        mount("/", "old", None, _MS_BIND | _MS_REC)
+        for number, place in enumerate(sorted(places)):
+            if under(place, (*self.KEPT, str(base))):
                 continue
-            found = re.search(re.escape(path) + r"(?:[:,]?\s*(?:line|on line)?\s*(\d+))?", line)
-            number = found.group(1) if found else None
-            if number is None and not files[path].secret:
-                number = _line_of(line, files[path].content)
-            where = f"{path}:{number}" if number else path
-            template = f" (template {files[path].template})" if files[path].template else ""
-            told.append(f"{where}: {line}{template}")
-            break
-        else:
-            told.append(line)
-    return told
+            old = f"old{place}"
+            if Path(old).is_dir():
+                upper, work = f"u{number}", f"w{number}"
+                Path(upper).mkdir()
+                Path(work).mkdir()
+                shutil.copystat(old, upper)
+                about = Path(old).stat()
+                os.chown(upper, about.st_uid, about.st_gid)
+                lower = re.sub(r"([\\:,])", r"\\\1", old)
+                try:
+                    mount(
+                        "overlay",
+                        place,
+                        "overlay",
+                        0,
+                        f"lowerdir={lower},upperdir={upper},workdir={work}",
+                    )
+                    continue
+                except OSError:
+                    # Not every file system can be a lower layer; then at least read-only.
+                    pass
+            mount(old, place, None, _MS_BIND)
+            mount("none", place, None, _MS_BIND | _MS_REMOUNT | _MS_RDONLY)
+        os.chdir("/")
 
 
-def _line_of(words: str, content: bytes) -> str | None:
-    """The line of a parameter that a checker names without its line, as postconf does."""
-    named = re.search(r"parameter[: ]+\"?([A-Za-z0-9_]+)", words)
-    if named is None:
-        return None
+def mount_points() -> set[str]:
+    """Where something is mounted in this mount namespace."""
+
+    def plain(word: str) -> str:
+        return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found.group(1), 8)), word)
+
+    table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    return {plain(line.split()[4]) for line in table.splitlines()}
+
+
+def told(error: BaseException) -> str:
+    """An unexpected error in words; never its repr, which may hold what was being worked on."""
+    return f"{type(error).__name__}: {error}"
+
+
+_PLACE = r"(?:[:,]?\s+(?:on\s+|at\s+)?line\s+|:)(\d+)"
+_SETTING = re.compile(
+    r"(?:unused parameter|configuration|parameter|setting|option|directive):? +\"?([A-Za-z0-9_]+)",
+    re.IGNORECASE,
+)
+
+
+def explain(words: str, files: Mapping[str, File], paths: Sequence[str] = ()) -> list[str]:
+    """A checker's words as ``path:line: words (template)``, where they concern one of our files.
+
+    ``paths``: what the checker reads; where its words name a setting and no file, the setting is
+    looked for there.
+    """
+    return [
+        _explain(line, files, paths) for line in (x.strip() for x in words.splitlines()) if line
+    ]
+
+
+def _explain(line: str, files: Mapping[str, File], paths: Sequence[str]) -> str:
+    path = next((p for p in sorted(files, key=len, reverse=True) if _names(line, p)), None)
+    setting = _SETTING.search(line)
+    if path is None and setting is not None:
+        path = next(
+            (
+                p
+                for p, file in sorted(files.items())
+                if under(p, paths) and not file.secret and _line_of(setting.group(1), file.content)
+            ),
+            None,
+        )
+    if path is None:
+        return line
+    found = re.search(re.escape(path) + _PLACE, line) or re.search(_PLACE, line)
+    number = found.group(1) if found else None
+    if number is None and setting is not None and not files[path].secret:
+        number = _line_of(setting.group(1), files[path].content)
+    where = f"{path}:{number}" if number else path
+    said = re.sub(rf"^{re.escape(path)}({_PLACE})?(:\d+(-\d+)?)?[:,]?\s*", "", line) or line
+    template = f" (template {files[path].template})" if files[path].template else ""
+    return f"{where}: {said}{template}"
+
+
+def _names(line: str, path: str) -> bool:
+    """Whether a path, and not a longer one, is in a line."""
+    return re.search(rf"(?<![\w./-]){re.escape(path)}(?![\w/-]|\.\w)", line) is not None
+
+
+def _line_of(setting: str, content: bytes) -> str | None:
+    """The line that sets something."""
     for number, line in enumerate(content.decode(errors="replace").splitlines(), start=1):
-        if re.match(rf"\s*(-o\s+)?{re.escape(named.group(1))}\s*=", line):
+        if re.match(rf"\s*(-o\s+)?{re.escape(setting)}\b", line):
             return str(number)
     return None
+
+
+def fragments(content: bytes) -> set[str]:
+    """What of a secret file must not be repeated: its lines, and the long words in them."""
+    text = content.decode(errors="replace")
+    lines = {line.strip() for line in text.splitlines()}
+    words = {word for line in lines for word in re.split(r"[\s:=\"';]+", line)}
+    return {x for x in lines if len(x) >= 8} | {x for x in words if len(x) >= 16}
 
 
 # -- packages ---------------------------------------------------------------------------------
@@ -804,6 +1090,9 @@ class Packages:
         apt = [
             "apt-get", "-q", "-y",
             "-o", "DPkg::Lock::Timeout=300",
+            "-o", "Acquire::Retries=2",
+            "-o", "Acquire::http::Timeout=30",
+            "-o", "Acquire::https::Timeout=30",
             "-o", "Dpkg::Options::=--force-confdef",
             "-o", "Dpkg::Options::=--force-confold",
         ]  # fmt: skip
@@ -819,24 +1108,30 @@ class Packages:
 
     @contextlib.contextmanager
     def _services_blocked(self) -> Iterator[None]:
-        policy = self.system.live(POLICY_RC_D)
-        theirs = policy.exists()
-        if not theirs:
-            policy.parent.mkdir(parents=True, exist_ok=True)
-            write_file(policy, POLICY_TEXT.encode(), 0o755)
+        policy, aside = self.system.live(POLICY_RC_D), self.system.live(POLICY_ASIDE)
+        if policy.exists():
+            policy.rename(aside)
+        write_file(policy, POLICY_TEXT.encode(), 0o755)
         try:
             yield
         finally:
-            if not theirs:
-                policy.unlink(missing_ok=True)
+            self._lift()
+
+    def _lift(self) -> None:
+        policy, aside = self.system.live(POLICY_RC_D), self.system.live(POLICY_ASIDE)
+        if aside.exists():
+            aside.replace(policy)
+        else:
+            policy.unlink(missing_ok=True)
 
     def clean(self) -> None:
-        """Remove a block that a killed run left behind."""
+        """Finish what a killed run left: packages half configured, service start blocked."""
         policy = self.system.live(POLICY_RC_D)
         if policy.exists() and policy.read_bytes() == POLICY_TEXT.encode():
-            policy.unlink()
-            # A killed dpkg leaves packages half configured.
-            self.system.run(["dpkg", "--configure", "-a", "--force-confold"])
+            self.system.run(["dpkg", "--configure", "-a", "--force-confold"], timeout=1500)
+            self._lift()
+        elif self.system.live(POLICY_ASIDE).exists():
+            self._lift()
 
 
 # -- services ---------------------------------------------------------------------------------
@@ -851,20 +1146,32 @@ class Touched:
     started: list[str] = field(default_factory=list)
 
 
+_UNIT_FOLDERS = ("/etc/systemd", "/usr/local/lib/systemd", "/usr/lib/systemd")
+_RUNNING = ("active", "reloading", "activating", "refreshing")
+
+
 class Services:
-    def __init__(self, system: System, say: Callable[[str], None]) -> None:
+    """The units of a bundle. ``note`` is told of each step before it is taken."""
+
+    def __init__(
+        self, system: System, say: Callable[[str], None], note: Callable[[str, str], None]
+    ) -> None:
         self.system = system
         self.say = say
+        self.note = note
 
     def states(self, units: Sequence[str]) -> dict[str, dict[str, str]]:
         """Load, activity and enablement of ``units``."""
         if not units:
             return {}
-        names = "Id,LoadState,ActiveState,UnitFileState,CanReload,NRestarts"
+        names = "LoadState,ActiveState,UnitFileState,CanReload,NRestarts"
+        done = self.system.run(["systemctl", "show", "--property", names, "--", *units])
+        blocks = done.out.strip("\n").split("\n\n")
+        if done.code != 0 or len(blocks) != len(units):
+            raise AgentError(f"systemctl show: {done.err.strip() or 'no answer'}")
         found: dict[str, dict[str, str]] = {}
-        for unit in units:
-            done = self.system.run(["systemctl", "show", "--property", names, unit])
-            row = dict(line.split("=", 1) for line in done.out.splitlines() if "=" in line)
+        for unit, block in zip(units, blocks, strict=True):
+            row = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
             found[unit] = {
                 "load": row.get("LoadState", ""),
                 "active": row.get("ActiveState", ""),
@@ -874,76 +1181,141 @@ class Services:
             }
         return found
 
-    def bring(
-        self, services: Sequence[Service], changed: Sequence[str], gone: Sequence[str]
-    ) -> Touched:
-        """Start, reload or restart what ``changed`` paths call for; stop units in ``gone``.
+    def retire(self, units: Sequence[str]) -> None:
+        """Stop and disable units that are no longer part of the host, while their files exist.
+
+        Raises:
+            Unhealthy: systemd could not.
+        """
+        for unit, state in self.states(units).items():
+            if state["load"] == "not-found":
+                continue
+            self.say(f"stopping {unit}: no longer part of this host")
+            self.note("retire", unit)
+            if state["enabled"] == "enabled":
+                self._systemctl("disable", "--quiet", unit)
+            self._systemctl("stop", unit, seconds=START_SECONDS)
+
+    def bring(self, services: Sequence[Service], changed: Sequence[str]) -> Touched:
+        """Start, reload or restart what ``changed`` paths call for.
 
         Raises:
             Unhealthy: systemd could not.
         """
         touched = Touched()
-        if any(under(p, ("/etc/systemd", "/usr/local/lib/systemd")) for p in changed):
+        if any(under(path, _UNIT_FOLDERS) for path in changed):
             self._systemctl("daemon-reload")
-        for unit in gone:
-            self.say(f"stopping {unit}: no longer part of this host")
-            self._systemctl("disable", "--now", unit)
         states = self.states([s.unit for s in services])
         for service in services:
-            state = states[service.unit]
+            unit, state = service.unit, states[service.unit]
             if state["load"] == "masked":
-                self._systemctl("unmask", service.unit)
+                self.note("unmask", unit)
+                self._systemctl("unmask", "--quiet", unit)
+                state = self.states([unit])[unit]
             if state["enabled"] in ("disabled", ""):
-                self._systemctl("enable", "--quiet", service.unit)
-            if state["active"] not in ("active", "reloading", "activating"):
-                self.system.run(["systemctl", "reset-failed", service.unit])
-                self._act("start", service.unit, touched.started)
-            elif any(under(p, service.restart_on) for p in changed):
-                self._act("restart", service.unit, touched.restarted)
-            elif any(under(p, service.reload_on) for p in changed):
+                self.note("enable", unit)
+                self._systemctl("enable", "--quiet", unit)
+            elif state["enabled"] == "enabled" and f"/etc/systemd/system/{unit}" in changed:
+                self._systemctl("reenable", "--quiet", unit)
+            if state["active"] not in _RUNNING:
+                self.system.run(["systemctl", "reset-failed", unit])
+                self._act("start", unit, touched.started)
+            elif any(under(path, service.restart_on) for path in changed):
+                self._act("restart", unit, touched.restarted)
+            elif any(under(path, service.reload_on) for path in changed):
                 if state["can_reload"] == "yes":
-                    self._act("reload", service.unit, touched.reloaded)
+                    self._act("reload", unit, touched.reloaded)
                 else:
-                    self._act("restart", service.unit, touched.restarted)
+                    self._act("restart", unit, touched.restarted)
         return touched
 
-    def _act(self, verb: str, unit: str, noted: list[str]) -> None:
+    def _act(self, verb: str, unit: str, acted: list[str]) -> None:
         self.say(f"{verb} {unit}")
-        noted.append(unit)
-        self._systemctl(verb, unit)
+        self.note(verb, unit)
+        acted.append(unit)
+        self._systemctl(verb, unit, seconds=START_SECONDS if verb == "start" else RELOAD_SECONDS)
 
-    def _systemctl(self, *arguments: str) -> None:
-        done = self.system.run(["systemctl", *arguments], timeout=120)
+    def _systemctl(self, *arguments: str, seconds: float = 60) -> None:
+        done = self.system.run(["systemctl", *arguments], timeout=seconds)
         if done.code != 0:
             words = [f"systemctl {' '.join(arguments)}: {done.err.strip() or done.code}"]
-            if arguments[-1].endswith(".service"):
+            if arguments[-1].endswith((".service", ".mount", ".socket")):
                 log = self.system.run(
                     ["journalctl", "--unit", arguments[-1], "--lines=12", "--output=cat", "-q"]
                 )
                 words += [f"  {line}" for line in log.out.strip().splitlines()]
             raise Unhealthy("\n".join(words))
 
-    def restore(self, before: Mapping[str, Mapping[str, str]]) -> list[str]:
-        """Bring units back to the states ``before``, under restored files. Returns what failed."""
-        self.system.run(["systemctl", "daemon-reload"])
-        failed = []
-        for unit, state in before.items():
-            active = state["active"] in ("active", "reloading", "activating")
-            if not active:
-                self.system.run(["systemctl", "stop", unit], timeout=120)
-            if state["enabled"] == "disabled":
+    # taking back
+
+    def withdraw(
+        self,
+        before: Mapping[str, Mapping[str, str]],
+        touched: Sequence[tuple[str, str]],
+        boot: bool = False,
+    ) -> None:
+        """Stop and disable what was started and enabled, while its files still exist."""
+        for verb, unit in reversed(touched):
+            was = before.get(unit)
+            if was is None:
+                continue
+            if verb == "start" and was["active"] not in _RUNNING and not boot:
+                self._stop(unit)
+            elif verb == "enable":
                 self.system.run(["systemctl", "disable", "--quiet", unit])
-            elif state["enabled"] == "enabled":
+                if boot:
+                    # Its start is queued already.
+                    self.system.run(["systemctl", "stop", "--no-block", unit])
+
+    def restore(
+        self,
+        before: Mapping[str, Mapping[str, str]],
+        touched: Sequence[tuple[str, str]],
+        boot: bool = False,
+    ) -> list[str]:
+        """Bring units back to the states ``before``, under restored files. Returns what failed.
+
+        Only units that were touched, or are no longer active, are acted upon. At ``boot`` what
+        is enabled is started by systemd, later.
+        """
+        failed: list[str] = []
+        self.system.run(["systemctl", "daemon-reload"], timeout=60)
+        done = {unit: {verb for verb, about in touched if about == unit} for unit in before}
+        for unit, was in before.items():
+            if "unmask" in done[unit] and was["load"] == "masked":
+                self.system.run(["systemctl", "mask", "--quiet", unit])
+            if "retire" in done[unit] and was["enabled"] == "enabled":
                 self.system.run(["systemctl", "enable", "--quiet", unit])
-            if active:
-                self.system.run(["systemctl", "reset-failed", unit])
-                verb = "reload-or-restart" if state["can_reload"] == "yes" else "restart"
-                done = self.system.run(["systemctl", verb, unit], timeout=120)
-                if done.code != 0:
-                    done = self.system.run(["systemctl", "restart", unit], timeout=120)
-                if done.code != 0:
-                    failed.append(f"{unit}: {done.err.strip()}")
+        if boot:
+            return failed
+        states = self.states(list(before))
+        for unit, was in before.items():
+            running = states[unit]["active"] == "active"
+            acted = done[unit] & {"start", "reload", "restart", "retire"}
+            if was["active"] not in _RUNNING or (running and not acted):
+                continue
+            self.system.run(["systemctl", "reset-failed", unit])
+            answer = Done(1, "", "")
+            if running and acted == {"reload"} and was["can_reload"] == "yes":
+                answer = self.system.run(["systemctl", "reload", unit], timeout=RELOAD_SECONDS)
+            if answer.code != 0:
+                answer = self._restart(unit)
+            if answer.code != 0:
+                failed.append(f"{unit}: {answer.err.strip()}")
         return failed
+
+    def _stop(self, unit: str) -> None:
+        if self.system.run(["systemctl", "stop", unit], timeout=RELOAD_SECONDS).code == 124:
+            self.system.run(["systemctl", "kill", "--signal=SIGKILL", unit])
+            self.system.run(["systemctl", "stop", unit], timeout=RELOAD_SECONDS)
+
+    def _restart(self, unit: str) -> Done:
+        """Restart a unit, even one that hangs while it starts or stops."""
+        done = self.system.run(["systemctl", "restart", unit], timeout=RELOAD_SECONDS)
+        if done.code == 124:
+            self.system.run(["systemctl", "kill", "--signal=SIGKILL", unit])
+            done = self.system.run(["systemctl", "restart", unit], timeout=START_SECONDS)
+        return done
 
 
 class Health:
@@ -952,8 +1324,10 @@ class Health:
     def __init__(self, system: System) -> None:
         self.system = system
 
-    def wait(self, wanted: Sequence[Mapping[str, Any]], services: Services) -> None:
-        """Return when all of ``wanted`` hold.
+    def wait(
+        self, wanted: Sequence[Mapping[str, Any]], services: Services, steady: float = 0.0
+    ) -> None:
+        """Return when all of ``wanted`` hold, and still hold ``steady`` seconds from now.
 
         Raises:
             Unhealthy: something does not; the message says what was seen last.
@@ -964,23 +1338,29 @@ class Health:
         problems: list[str] = []
         for health in wanted:
             deadline = start + float(health.get("timeout", 10))
-            while (seen := self.ask(health)) is not None:
+            pause = 0.02
+            while (seen := self.ask(health, deadline - time.monotonic())) is not None:
                 if time.monotonic() >= deadline:
                     problems.append(seen)
                     break
-                time.sleep(0.05)
-        # A daemon in a restart loop answers now and then.
+                time.sleep(pause)
+                pause = min(0.25, pause * 1.5)
+        if not problems and steady:
+            # A daemon that dies of its configuration may answer once before it does.
+            time.sleep(max(0.0, start + steady - time.monotonic()))
+            problems += filter(None, (self.ask(health) for health in wanted))
         for unit, state in services.states(units).items():
             if state["active"] != "active" or state["restarts"] != restarts[unit]:
                 problems.append(f"{unit} does not stay up ({state['active']})")
         if problems:
             raise Unhealthy("\n".join(dict.fromkeys(problems)))
 
-    def ask(self, health: Mapping[str, Any]) -> str | None:
-        """None if it holds, else what was seen."""
+    def ask(self, health: Mapping[str, Any], seconds: float = 5.0) -> str | None:
+        """None if it holds, else what was seen. It may take ``seconds``, and at least one."""
+        seconds = max(1.0, seconds)
         match health["kind"]:
             case "tcp":
-                return self._tcp(health)
+                return self._tcp(health, min(5.0, seconds))
             case "unit":
                 done = self.system.run(["systemctl", "is-active", str(health["unit"])])
                 if done.out.strip() != "active":
@@ -988,27 +1368,26 @@ class Health:
                 return None
             case "command":
                 command = [str(word) for word in health["command"]]
-                done = self.system.run(command, timeout=float(health.get("timeout", 10)))
+                done = self.system.run(command, timeout=seconds)
                 if done.code != 0:
-                    return (
-                        f"{' '.join(command)}: exit {done.code}: {(done.err or done.out).strip()}"
-                    )
+                    words = (done.err or done.out).strip()
+                    return f"{' '.join(command)}: exit {done.code}: {words}"
                 return None
         return f"unknown health check {health['kind']!r}"
 
-    def _tcp(self, health: Mapping[str, Any]) -> str | None:
+    def _tcp(self, health: Mapping[str, Any], seconds: float) -> str | None:
         address, port, expect = str(health["address"]), int(health["port"]), str(health["expect"])
         try:
-            with socket.create_connection((address, port), timeout=5) as connection:
+            with socket.create_connection((address, port), timeout=seconds) as connection:
                 seen = b""
-                while len(seen) < len(expect) and b"\n" not in seen:
+                while len(seen) < len(expect.encode()) and b"\n" not in seen:
                     chunk = connection.recv(512)
                     if not chunk:
                         break
                     seen += chunk
         except OSError as error:
             return f"{address} port {port}: {error.strerror or error}"
-        if not seen.decode(errors="replace").startswith(expect):
+        if not seen.startswith(expect.encode()):
             banner = seen.decode(errors="replace").strip()
             return f"{address} port {port} says {banner!r} instead of {expect!r}"
         return None
@@ -1025,16 +1404,32 @@ class Agent:
         system: System,
         say: Callable[[str], None],
         sandbox: Sandbox | None = None,
-        arm: Callable[[int], None] | None = None,
+        arm: Callable[[str, int], None] | None = None,
     ) -> None:
         self.system = system
-        self.say = say
         self.store = Store(system)
-        self.packages = Packages(system, say)
-        self.services = Services(system, say)
+        self.packages = Packages(system, self.say)
+        self.services = Services(system, self.say, self.store.transaction.note)
         self.health = Health(system)
         self.sandbox = sandbox or Sandbox(system)
         self._arm = arm or self._arm_timer
+        self._say = say
+        self._hidden: list[str] = []
+
+    def say(self, line: str) -> None:
+        """Tell the operator. Never fails: nobody may listen, and the disk may be full."""
+        with contextlib.suppress(OSError, ValueError):
+            self._say(self.veil(line))
+
+    def veil(self, words: str) -> str:
+        """Words of a daemon or a checker, without what it repeats of a secret file."""
+        for secret in self._hidden:
+            words = words.replace(secret, "***")
+        return words
+
+    def _hide(self, files: Mapping[str, File]) -> None:
+        found = {x for file in files.values() if file.secret for x in fragments(file.content)}
+        self._hidden = sorted(found, key=len, reverse=True)
 
     # secrets
 
@@ -1057,7 +1452,10 @@ class Agent:
             raise BadDocument(
                 f"no secrets are staged under {label[:12]}; run the host's -secrets push again"
             )
-        files = parse_files(load_document(path.read_text(encoding="utf-8")), secret=True)
+        document = load_document(path.read_text(encoding="utf-8"))
+        if document.get("host") != bundle.host:
+            raise BadDocument(f"the secrets under {label[:12]} are of another host")
+        files = parse_files(document, secret=True)
         if sorted(files) != sorted(bundle.secret_paths):
             raise BadDocument(f"the secrets under {label[:12]} are not those that the files expect")
         return files
@@ -1071,58 +1469,60 @@ class Agent:
             AgentError: it was refused or taken back; the machine is as it was.
         """
         bundle = Bundle.parse(text)
-        self.settle()
+        self.settle(confirm=True)
         wanted = dict(bundle.files) | self._secret_files(bundle, label)
+        self._hide(wanted)
         self.packages.install(bundle.packages)
         active = self.store.active()
         derived = {build.output for build in bundle.maps}
         changed, gone = self._compare(wanted, active, derived)
-        maps = [b for b in bundle.maps if b.source in changed or self._absent(b.output)]
+        maps = [b for b in bundle.maps if b.source in changed or self._stale(b.output, active)]
         manifest = self._manifest(bundle, label, wanted, active)
-        lost = [u for u in active["services"] if u not in {s.unit for s in bundle.services}]
+        units = [s.unit for s in bundle.services]
+        lost = [unit for unit in active["services"] if unit not in units]
         if not changed and not gone and not maps and not lost:
             return self._unchanged(bundle, manifest, active)
-        for path in changed:
-            refuse_links(self.system, path)
         outputs = self._validate(bundle, wanted, changed, gone, maps)
         content, operations = self._operations(wanted, changed, gone, outputs)
         manifest["files"] |= {
             path: entry | {"derived": True} for path, (entry, _) in outputs.items()
         }
         for path in derived - set(outputs):
-            if path in active["files"]:
-                manifest["files"][path] = active["files"][path]
-        units = [s.unit for s in bundle.services]
-        identity = secrets.token_hex(8)
-        manifest["transaction"] = identity
-        self.store.transaction.prepare(
-            identity, operations, content, self.services.states([*units, *lost])
-        )
+            manifest["files"][path] = active["files"][path]
+        identity = manifest["transaction"] = secrets.token_hex(8)
         paths = [operation.path for operation in operations]
+        guarded = any(under(path, bundle.guarded) for path in paths)
         try:
+            states = self.services.states([*units, *lost])
+            self.store.transaction.prepare(identity, operations, content, states, manifest)
             for path in paths:
                 self.say(f"{'removing' if path in gone else 'writing'} {path}")
+            self.services.retire(lost)
             self.store.transaction.switch()
-            touched = self.services.bring(bundle.services, paths, lost)
-            self.health.wait(bundle.health, self.services)
+            touched = self.services.bring(bundle.services, paths)
+            restarted = len(touched.restarted) + len(touched.started)
+            self.health.wait(bundle.health, self.services, STEADY_SECONDS if restarted else 0.0)
+            if guarded:
+                self._arm(identity, lockout)
+                self.store.transaction.set_pending()
+            else:
+                self.store.commit()
         except Exception as error:
             self._take_back(error)
-        closing = (
-            f"applied generation {manifest['generation']}: {len(paths)} files changed,"
-            f" {len(touched.reloaded)} services reloaded,"
-            f" {len(touched.restarted) + len(touched.started)} restarted"
-        )
-        if any(under(path, bundle.guarded) for path in paths):
-            write_json(self.store.folder / "pending.json", manifest)
-            self._arm(lockout)
+        if not guarded:
+            self.store.complete()
+        else:
             self.say(f"confirm: {identity}")
             self.say(f"taken back in {lockout} s unless a new connection confirms it")
-        else:
-            self.store.commit(manifest)
-        return closing
+        return (
+            f"applied generation {manifest['generation']}: {len(paths)} files changed,"
+            f" {len(touched.reloaded)} services reloaded, {restarted} restarted"
+        )
 
-    def _absent(self, path: str) -> bool:
-        return look(self.system.live(path)).kind != "file"
+    def _stale(self, output: str, active: Mapping[str, Any]) -> bool:
+        """Whether a map has to be built although its source is as it was."""
+        entry = active["files"].get(output)
+        return entry is None or not self._matches(output, entry)
 
     def _compare(
         self, wanted: Mapping[str, File], active: Mapping[str, Any], derived: set[str]
@@ -1166,13 +1566,14 @@ class Agent:
     def _unchanged(
         self, bundle: Bundle, manifest: dict[str, Any], active: Mapping[str, Any]
     ) -> str:
-        touched = self.services.bring(bundle.services, (), ())
-        self.health.wait(bundle.health, self.services)
+        touched = self.services.bring(bundle.services, ())
+        self.health.wait(bundle.health, self.services, STEADY_SECONDS if touched.started else 0.0)
         if (active["bundle"], active["secrets"]) != (bundle.digest, manifest["secrets"]):
             # The same files, said in other words: remember the words.
             derived = {p: e for p, e in active["files"].items() if e.get("derived")}
             manifest["files"] = derived | manifest["files"]
-            self.store.commit(manifest)
+            write_json(self.store.folder / "active.json", manifest)
+            self.store.forget_secrets()
         if touched.started:
             return f"unchanged; started {' '.join(touched.started)}, which had stopped"
         return "unchanged"
@@ -1190,12 +1591,18 @@ class Agent:
         checks = [c for c in bundle.checks if any(under(p, c.paths) for p in concerned)]
         if checks:
             self.say(f"checking with {', '.join(check.name for check in checks)}")
+        elif not maps:
+            return {}
+        for path in (*changed, *gone):
+            with contextlib.suppress(FileNotFoundError), opened(self.system.root, path):
+                pass
         staged = {path: wanted[path] for path in changed}
         answer = self.sandbox.run(staged, gone, maps, checks)
         failed = answer["failed"]
         if failed is not None:
-            told = explain(str(failed["words"]), wanted)
-            raise Refused("\n".join([f"{failed['name']} refuses the change:", *told]))
+            paths = next((c.paths for c in checks if c.name == failed["name"]), ())
+            lines = explain(str(failed["words"]), wanted, paths)
+            raise Refused("\n".join([f"{failed['name']} refuses the change:", *lines]))
         outputs = {}
         for path, built in answer["outputs"].items():
             content = built["content"].encode("latin-1")
@@ -1219,88 +1626,128 @@ class Agent:
                 content[path] = built
         entries |= dict.fromkeys(gone)
         return content, [
-            Operation(path, look(self.system.live(path)), entry, index)
-            for index, (path, entry) in enumerate(entries.items())
+            Operation(path, look(self.system.live(path)), entry) for path, entry in entries.items()
         ]
 
     def _take_back(self, error: Exception) -> NoReturn:
+        words = str(error) if isinstance(error, AgentError) else told(error)
+        transaction = self.store.transaction
+        if not transaction.exists or not transaction.journal()["ready"]:
+            code = error.code if isinstance(error, AgentError) else EXIT_ERROR
+            transaction.abandon()
+            raise AgentError(f"{words}\nnothing was changed", code) from error
+        code = error.code if isinstance(error, AgentError) else EXIT_ROLLED_BACK
         self.say("taking the change back")
-        failed = self._undo()
-        words = str(error) if isinstance(error, AgentError) else repr(error)
+        try:
+            failed = self._undo()
+        except Exception as second:
+            words += f"\nit could not be taken back: {told(second)}"
+            raise AgentError(f"{words}\nmend that, then run 'mail-agent recover'", code) from error
         if failed:
             words += "\nafter taking it back: " + "; ".join(failed)
-        raise AgentError(
-            f"{words}\nthe previous generation is back in place",
-            error.code if isinstance(error, AgentError) else EXIT_ROLLED_BACK,
-        ) from error
+        raise AgentError(f"{words}\nthe previous generation is back in place", code) from error
 
-    def _undo(self, restart: bool = True) -> list[str]:
+    def _undo(self, boot: bool = False) -> list[str]:
+        """Bring files and services back. Returns services that could not be brought back."""
         transaction = self.store.transaction
-        states = transaction.journal()["services"]
-        transaction.undo()
-        failed = self.services.restore(states) if restart else []
-        (self.store.folder / "pending.json").unlink(missing_ok=True)
+        journal = transaction.journal()
+        failed: list[str] = []
+        if journal["ready"]:
+            touched = transaction.touched()
+            self.services.withdraw(journal["services"], touched, boot)
+            transaction.undo()
+            failed = self.services.restore(journal["services"], touched, boot)
+        else:
+            transaction.undo()
         transaction.discard()
         return failed
 
     # settling what earlier runs left
 
-    def settle(self, boot: bool = False) -> str | None:
+    def settle(self, confirm: bool = False, boot: bool = False) -> str | None:
         """Bring an earlier transaction to its end. Returns what was done.
 
-        A generation that waits to be confirmed is confirmed by any new run: its ssh connection
-        is the proof that the host can be reached.
+        ``confirm``: a generation that waits to be confirmed is confirmed; a new run is asked for
+        over a new connection, which proves that the host can be reached. Otherwise it goes on
+        waiting, except at boot: its timer is gone, so it is undone.
         """
-        self.packages.clean()
+        if not boot:
+            self.packages.clean()
         transaction = self.store.transaction
         if not transaction.exists:
             transaction.discard()
             return None
-        pending = self.store.pending()
-        if pending is not None and not boot:
-            return self.confirm_pending(pending)
-        if self.store.active().get("transaction") == transaction.journal()["identity"]:
-            (self.store.folder / "pending.json").unlink(missing_ok=True)
-            transaction.discard()
+        journal = transaction.journal()
+        if journal.get("format") != JOURNAL_FORMAT:
+            return self._settle_otherwise(boot)
+        if self.store.committed:
+            self.store.complete()
             return "completed an interrupted change"
-        failed = self._undo(restart=not boot)
-        told = "undid an interrupted change"
-        self.say(told + (": " + "; ".join(failed) if failed else ""))
-        return told
+        pending = self.store.pending()
+        if pending is not None and confirm:
+            return self.confirm_pending(pending)
+        if pending is not None and not boot:
+            return (
+                f"generation {pending['generation']} waits to be confirmed; 'mail-agent confirm'"
+                " keeps it, else it is taken back soon"
+            )
+        failed = self._undo(boot)
+        words = "undid an interrupted change"
+        self.say(words + (": " + "; ".join(failed) if failed else ""))
+        return words
+
+    def _settle_otherwise(self, boot: bool) -> str:
+        """Let the agent that began the transaction end it."""
+        agent = self.store.transaction.folder / "mail-agent"
+        command = [sys.executable, "-IB", str(agent), "_settle", *(["--boot"] if boot else [])]
+        done = self.system.run(command)
+        if done.code != 0:
+            raise AgentError(
+                f"another version's change cannot be ended: {done.err.strip() or done.out.strip()}"
+            )
+        return done.out.strip()
 
     def confirm_pending(self, pending: Mapping[str, Any]) -> str:
-        self.store.commit(pending)
-        self.system.run(["systemctl", "stop", f"{LOCKOUT_UNIT}.timer"])
-        told = f"confirmed generation {pending['generation']}"
-        self.say(told)
-        return told
+        self.store.commit()
+        self.store.complete()
+        self._disarm(str(pending["transaction"]))
+        words = f"confirmed generation {pending['generation']}"
+        self.say(words)
+        return words
 
     def lock_out(self, identity: str) -> None:
         """The timer ran out: bring the previous generation back."""
-        pending = self.store.pending()
-        if pending is None or pending["transaction"] != identity:
+        transaction = self.store.transaction
+        if (
+            not transaction.exists
+            or transaction.journal()["identity"] != identity
+            or self.store.committed
+        ):
             return
         self.say("no new connection confirmed the change; taking it back")
         for line in self._undo():
             self.say(line)
 
-    def _arm_timer(self, seconds: int) -> None:
-        pending = self.store.pending()
-        if pending is None:
-            raise AgentError("nothing is pending")
+    def _arm_timer(self, identity: str, seconds: int) -> None:
         # The agent itself may be one of the files that are taken back.
-        copy = self.store.transaction.folder / "mail-agent"
-        write_file(copy, Path(__file__).read_bytes(), 0o700)
-        self.system.run(["systemctl", "stop", f"{LOCKOUT_UNIT}.timer"])
+        agent = self.store.transaction.folder / "mail-agent"
         done = self.system.run(
             [
-                "systemd-run", "--quiet", "--collect", f"--unit={LOCKOUT_UNIT}",
+                "systemd-run", "--quiet", "--collect", f"--unit={LOCKOUT_UNIT}-{identity}",
                 f"--on-active={seconds}", "--timer-property=AccuracySec=1s",
-                sys.executable, "-IB", str(copy), "_lockout", str(pending["transaction"]),
+                "--property=Type=oneshot", "--property=Restart=on-failure",
+                "--property=RestartSec=5",
+                "--description=Take an unconfirmed change back",
+                "--property=SyslogIdentifier=mail-agent",
+                sys.executable, "-IB", str(agent), "_lockout", identity,
             ]
         )  # fmt: skip
         if done.code != 0:
-            self._take_back(Unhealthy(f"the lock-out timer did not start: {done.err.strip()}"))
+            raise Unhealthy(f"the lock-out timer did not start: {done.err.strip()}")
+
+    def _disarm(self, identity: str) -> None:
+        unit = f"{LOCKOUT_UNIT}-{identity}"
+        self.system.run(["systemctl", "stop", f"{unit}.timer", f"{unit}.service"])
 
     # looking
 
@@ -1309,7 +1756,11 @@ class Agent:
         manifest = self.store.pending() or self.store.active()
         found = []
         for path, entry in sorted(manifest["files"].items()):
-            live = look(self.system.live(path))
+            try:
+                live = look(self.system.live(path))
+            except AgentError:
+                found.append(f"{path}: replaced by something that is no file")
+                continue
             if live.kind == "none":
                 found.append(f"{path}: missing")
             elif live.kind == "link":
@@ -1327,8 +1778,8 @@ class Agent:
         for unit, state in self.services.states(manifest["services"]).items():
             if state["active"] != "active":
                 found.append(f"{unit}: {state['active']} instead of active")
-            if state["enabled"] == "disabled":
-                found.append(f"{unit}: not enabled at boot")
+            if state["enabled"] in ("disabled", "masked"):
+                found.append(f"{unit}: {state['enabled']}, does not start at boot")
         return found
 
     def status(self) -> dict[str, Any]:
@@ -1350,53 +1801,58 @@ class Agent:
 def follow(system: System, store: Store, text: str, label: str, lockout: int) -> int:
     """Run ``apply`` as a unit of its own and print its log until it ends."""
     bundle = Bundle.parse(text)
-    identity = f"{time.time_ns():x}"
-    folder = store.folder / "runs" / identity
-    folder.mkdir(mode=0o700)
+    folder = store.new_run()
     write_file(folder / "bundle.json", text.encode())
-    write_file(store.folder / "incoming" / "last.json", text.encode())
     write_file(folder / "log", b"")
     agent = Path(__file__).resolve()
     offered = bundle.files.get(AGENT_PATH)
     if offered is not None and offered.content != agent.read_bytes():
         agent = folder / "mail-agent"
         write_file(agent, offered.content, 0o700)
-        tested = system.run([sys.executable, "-IB", str(agent), "--self-test"])
+        tested = system.run([sys.executable, "-IB", str(agent), "--self-test"], timeout=30)
         if tested.code != 0:
+            shutil.rmtree(folder)
             words = (tested.err or tested.out).strip()
             raise Refused(f"{AGENT_PATH}: the new agent fails its own test: {words}")
-    unit = f"mail-agent-{identity}"
+    unit = f"mail-agent-{folder.name}"
     started = system.run(
         [
             "systemd-run", "--quiet", "--collect", f"--unit={unit}", "--service-type=exec",
-            "--property=KillMode=mixed", sys.executable, "-IB", str(agent),
-            "_run", identity, label or "-", str(lockout),
+            "--property=KillMode=mixed", f"--property=RuntimeMaxSec={RUN_SECONDS}",
+            "--description=Apply a configuration of the mail platform",
+            "--property=SyslogIdentifier=mail-agent",
+            # When the run is killed, this undoes what it left.
+            f"--property=ExecStopPost={sys.executable} -IB {agent} _ended",
+            sys.executable, "-IB", str(agent), "_run", folder.name, label or "-", str(lockout),
         ]
     )  # fmt: skip
     if started.code != 0:
         raise AgentError(f"systemd-run: {started.err.strip()}")
-    prune_runs(store)
-    with (folder / "log").open(encoding="utf-8") as log:
+    return watch(system, folder, unit)
+
+
+def watch(system: System, folder: Path, unit: str) -> int:
+    """Print a run's log until it ends. Returns its exit code."""
+    asked = time.monotonic()
+    died = False
+    with (folder / "log").open(encoding="utf-8", errors="replace") as log:
         while True:
             ended = (folder / "result").exists()
             sys.stdout.write(log.read())
             sys.stdout.flush()
             if ended:
                 return int(read_json(folder / "result")["code"])
-            state = system.run(["systemctl", "is-active", f"{unit}.service"]).out.strip()
-            if state not in ("active", "activating", "deactivating"):
-                if (folder / "result").exists():
-                    continue
-                print("mail-agent: the run died; the next one undoes what it left", flush=True)
+            if died:
+                print(
+                    f"mail-agent: the run was killed; what it did is undone; see {unit}'s journal"
+                )
                 return EXIT_ERROR
-            time.sleep(0.1)
-
-
-def prune_runs(store: Store) -> None:
-    runs = sorted((store.folder / "runs").iterdir(), key=lambda p: p.name)
-    for old in runs[:-KEPT_RUNS]:
-        if (old / "result").exists():
-            shutil.rmtree(old, ignore_errors=True)
+            if time.monotonic() - asked > 1:
+                state = system.run(["systemctl", "is-active", f"{unit}.service"]).out.strip()
+                died = state not in ("active", "activating", "deactivating")
+                asked = time.monotonic()
+            else:
+                time.sleep(0.03)
 
 
 def run_unit(system: System, identity: str, label: str, lockout: int) -> int:
@@ -1407,21 +1863,28 @@ def run_unit(system: System, identity: str, label: str, lockout: int) -> int:
 
         def say(line: str) -> None:
             log.write(line + "\n")
+            print(line, flush=True)
 
+        agent = Agent(system, say)
         code = EXIT_ERROR
         try:
-            with store.locked(say):
+            with store.locked(agent.say):
                 text = (folder / "bundle.json").read_text(encoding="utf-8")
-                say(Agent(system, say).apply(text, "" if label == "-" else label, lockout))
+                label = "" if label == "-" else label
+                store.remember_push(text, label)
+                store.prune_runs()
+                agent.say(agent.apply(text, label, lockout))
             code = 0
         except AgentError as error:
             code = error.code
             for line in str(error).splitlines():
-                say(f"mail-agent: {line}")
+                agent.say(f"mail-agent: {line}")
+        except OSError as error:
+            agent.say(f"mail-agent: {error}")
         except Exception:
-            say("mail-agent: internal error")
+            agent.say("mail-agent: internal error")
             for line in traceback.format_exc(limit=-4).splitlines():
-                say(f"mail-agent: {line}")
+                agent.say(f"mail-agent: {line}")
         finally:
             (folder / "bundle.json").unlink(missing_ok=True)
             write_json(folder / "result", {"code": code})
@@ -1440,16 +1903,12 @@ def confirm(system: System, store: Store, expected: str) -> int:
         if pending is None:
             print("nothing to confirm")
         return 0
-    last = store.folder / "incoming" / "last.json"
-    text = last.read_text(encoding="utf-8") if last.exists() else ""
+    text, label = store.last_push()
     if digest(text.encode()) != expected:
         raise AgentError(
             "the configuration to confirm is not the active one, and its push is gone;"
             " push it again: pulumi up --target-replace with this host's -config resource"
         )
-    with store.locked(print):
-        staged = sorted((store.folder / "secrets").glob("*.json"), key=lambda p: p.stat().st_mtime)
-    label = staged[-1].stem if staged else ""
     code = follow(system, store, text, label, REAPPLIED_LOCKOUT_SECONDS)
     if code != 0:
         return code
@@ -1498,18 +1957,45 @@ def parser() -> argparse.ArgumentParser:
 def stdin_text() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise AgentError("a document is expected on standard input")
-    return sys.stdin.read()
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadDocument("standard input is not UTF-8") from None
+
+
+def inner(system: System, command: str, arguments: Sequence[str]) -> int | None:
+    """The commands that the agent gives itself. None: it is none of these."""
+    store = Store(system)
+    match command:
+        case "_run":
+            return run_unit(system, arguments[0], arguments[1], int(arguments[2]))
+        case "_lockout":
+            agent = Agent(system, print)
+            with store.locked(agent.say):
+                agent.lock_out(arguments[0])
+            return 0
+        case "_ended":
+            try:
+                with store.locked(print, seconds=0):
+                    print(Agent(system, print).settle() or "")
+            except AgentError as error:
+                if error.code != EXIT_LOCKED:
+                    raise
+                # The next run has begun, and has settled this one's matters.
+            return 0
+        case "_settle":
+            print(Agent(system, print).settle(boot="--boot" in arguments))
+            return 0
+    return None
 
 
 def main(arguments: Sequence[str]) -> int:
+    os.umask(0o022)
+    # Secrets are in memory.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     system = System()
-    if arguments[:1] == ["_run"]:
-        return run_unit(system, arguments[1], arguments[2], int(arguments[3]))
-    if arguments[:1] == ["_lockout"]:
-        store = Store(system)
-        with store.locked(print):
-            Agent(system, print).lock_out(arguments[1])
-        return 0
+    if arguments and (code := inner(system, arguments[0], arguments[1:])) is not None:
+        return code
     options = parser().parse_args(arguments)
     if options.self_test:
         return self_test()
@@ -1518,41 +2004,50 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_ERROR
     if os.geteuid() != 0:
         raise AgentError("this needs root: sudo mail-agent ...")
-    os.umask(0o022)
     store = Store(system)
     store.ready()
     agent = Agent(system, print)
     match options.command:
         case "stage-secrets":
-            with store.locked(print):
-                print(f"staged {agent.stage_secrets(stdin_text())[:12]}")
+            text = stdin_text()
+            with store.locked(agent.say):
+                print(f"staged {agent.stage_secrets(text)[:12]}")
             return 0
         case "apply":
             return follow(system, store, stdin_text(), options.secrets, LOCKOUT_SECONDS)
         case "confirm":
-            expected = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().strip()
+            if not options.token:
+                tty = sys.stdin is None or sys.stdin.isatty()
+                return confirm(system, store, "" if tty else stdin_text().strip())
             pending = store.pending()
-            if options.token and (pending is None or pending["transaction"] != options.token):
+            if pending is None or pending["transaction"] != options.token:
                 raise AgentError(f"{options.token} is not what waits to be confirmed")
-            return confirm(system, store, expected)
+            return confirm(system, store, "")
         case "drift":
-            found = agent.drift()
+            with store.locked(agent.say):
+                found = agent.drift()
             print("\n".join(found) if found else "no drift")
             return EXIT_DRIFT if found else 0
         case "status":
             print(json.dumps(agent.status(), indent=1))
             return 0
         case "recover":
-            with store.locked(print):
+            with store.locked(agent.say):
                 print(agent.settle(boot=options.boot) or "nothing to recover")
             return 0
     return EXIT_ERROR
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         sys.exit(main(sys.argv[1:]))
     except AgentError as problem:
         for problem_line in str(problem).splitlines():
             print(f"mail-agent: {problem_line}", file=sys.stderr)
         sys.exit(problem.code)
+    except OSError as problem:
+        print(f"mail-agent: {problem}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
