@@ -53,7 +53,7 @@ smtp_out = SmtpOutCluster("smtp-out", cluster(after=[*names.done, *policy.done])
 frontends = NginxStreams("nginx-streams", cluster(after=smtp_out.done))
 
 # The public names of the services lead somewhere only once there is somebody to answer.
-dns(Stage.SERVICE, after=frontends.done)
+dns(Stage.SERVICE, after=[*smtp_out.done, *frontends.done])
 
 pulumi.export("zones", zone_data.text)
 pulumi.export("reverse_zones", ptr_text(platform))

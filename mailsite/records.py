@@ -529,7 +529,10 @@ def check(found: Iterable[Record]) -> None:
         if len(record.why) > WHY_LIMIT:
             raise RecordError(f"{record.name}: the reason is longer than {WHY_LIMIT} characters")
         if record.type is RecordType.TXT:
-            txt_strings(record.content)
+            try:
+                txt_strings(record.content)
+            except RecordError as error:
+                raise RecordError(f"{record.name}: {error}") from None
     spf = {r.name: r.content for r in found if r.content.startswith("v=spf1")}
     for name, group in by_name.items():
         kinds = {r.type for r in group}
