@@ -100,6 +100,7 @@ class Bundle:
                         "reload_on": s.reload_on,
                         "restart_on": s.restart_on,
                         "order": s.order,
+                        "foreign": s.foreign,
                     }
                     for s in self.services
                 ],
@@ -219,6 +220,7 @@ def _merge_services(services: Iterable[Service]) -> tuple[Service, ...]:
                 reload_on=_union(known.reload_on, service.reload_on),
                 restart_on=_union(known.restart_on, service.restart_on),
                 order=min(known.order, service.order),
+                foreign=known.foreign and service.foreign,
             )
         found[service.unit] = service
     return tuple(sorted(found.values(), key=lambda service: (service.order, service.unit)))

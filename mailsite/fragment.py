@@ -88,13 +88,15 @@ class Check:
 class Service:
     """A unit that must run, and the path prefixes whose change reloads or restarts it.
 
-    Restart wins over reload. Units are handled in rising ``order``.
+    Restart wins over reload. Units are handled in rising ``order``. A ``foreign`` unit is the
+    operator's: when it leaves the bundle it is reloaded, never stopped or disabled.
     """
 
     unit: str
     reload_on: tuple[str, ...] = ()
     restart_on: tuple[str, ...] = ()
     order: int = 50
+    foreign: bool = False
 
 
 @dataclass(frozen=True)

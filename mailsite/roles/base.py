@@ -54,7 +54,11 @@ def _managed(platform: Platform, host: Host, ports: Sequence[PortRule]) -> Fragm
         (
             agent(),
             templated("base/etc/nftables.conf.j2", mode=0o755, rules=_filter_rules((ssh, *ports))),
-            templated("base/etc/ssh/sshd_config.d/10-mail.conf.j2", login=host.login),
+            templated(
+                "base/etc/ssh/sshd_config.d/10-mail.conf.j2",
+                login=host.login,
+                operators=platform.management.networks,
+            ),
             templated(
                 "base/etc/unbound/unbound.conf.j2",
                 internal_domain=platform.internal_domain,

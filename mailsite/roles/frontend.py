@@ -65,7 +65,11 @@ def fragment(platform: Platform, host: Host) -> Fragment:
         ports=(PortRule(SUBMISSION, None, "submission"),),
         packages=("libnginx-mod-stream", "nginx"),
         checks=(Check("nginx", ("nginx", "-t", "-q"), ("/etc/nginx/",)),),
-        services=(Service("nginx.service", reload_on=("/etc/nginx/",), order=40),),
+        services=(
+            Service(
+                "nginx.service", reload_on=("/etc/nginx/",), order=40, foreign=not host.is_managed
+            ),
+        ),
         health=(
             UnitHealth("nginx.service"),
             # Through the stream to a member: what clients see.

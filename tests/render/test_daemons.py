@@ -87,6 +87,8 @@ def test_ssh_takes_keys_of_the_deploy_user_alone(image: Image) -> None:
     assert found["passwordauthentication"] == "no"
     assert found["kbdinteractiveauthentication"] == "no"
     assert found["maxstartups"] == "100:30:200"
+    exempt = found["persourcepenaltyexemptlist"].split(",")
+    assert {str(network) for network in case.platform.management.networks} < {*exempt}
 
 
 # Unbound itself, on a machine that has no network at all.

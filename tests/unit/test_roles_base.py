@@ -251,6 +251,9 @@ def test_an_existing_machine_stays_the_operators() -> None:
     assert {s.unit for s in bundle.services} == {"mail-nftables.service", "nginx.service"}
     (nginx,) = (s for s in bundle.services if s.unit == "nginx.service")
     assert nginx.restart_on == ()
+    # When the role goes, the operator's web server stays.
+    assert {s.unit for s in bundle.services if s.foreign} == {"nginx.service"}
+    assert not any(s.foreign for s in compose(PLATFORM, OUT).services)
 
 
 def test_the_table_on_an_existing_machine_drops_nothing_of_the_operators() -> None:
