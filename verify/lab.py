@@ -8,16 +8,15 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import dns.name
-import dns.rdata
 import dns.rdatatype
 import dns.zone
 
@@ -39,6 +38,8 @@ from verify.mailauth import header_of
 from verify.passwords import password_of
 from verify.registry import Failed, Skipped
 from verify.stack import Stack
+
+A = TypeVar("A", IPv4Address, IPv6Address)
 
 AGENT = "/usr/local/sbin/mail-agent"
 OWN_TABLE = ("inet", "mail")
@@ -169,21 +170,13 @@ class LabWorld:
         """Names that are signed, signed wrongly, and not signed."""
         return (plan.MAIL_SERVERS["generic"].host, plan.BOGUS_DOMAIN, plan.UNSIGNED_DOMAIN)
 
-    def records(self, zone: str) -> list[str]:
+    def records(self, zone: str) -> list[Entry]:
         """The records of an operator's zone as its name server has them, without DNSSEC's."""
-        served = self._world.transfer(zone)
-        served.relativize = False
-        assert served.origin is not None
-        return [
-            _record(owner.derelativize(served.origin), ttl, rdata)
-            for owner, ttl, rdata in served.iterate_rdatas()
-            if rdata.rdtype not in SERVERS_OWN
-        ]
+        return entries(self._world.transfer(zone))
 
-    def foreign_records(self, zone: str) -> list[str]:
+    def foreign_records(self, zone: str) -> list[Entry]:
         """What the zone held before the platform came."""
-        text = "\n".join(str(r) for r in self._world.foreign_records(zone))
-        return [record for _, record in parsed(text)]
+        return parsed("\n".join(str(r) for r in self._world.foreign_records(zone)))
 
 
 SERVERS_OWN = frozenset(
@@ -193,20 +186,50 @@ SERVERS_OWN = frozenset(
 """What a name server adds to a zone by itself."""
 
 
-def parsed(text: str) -> list[tuple[dns.name.Name, str]]:
-    """The records of BIND text with absolute names: owner, and the record in canonical form."""
-    zone = dns.zone.from_text(text, origin=dns.name.root, relativize=False, check_origin=False)
+@dataclass(frozen=True)
+class Entry:
+    """A record: ``owner`` is absolute and in lower case, ``data`` in presentation form."""
+
+    owner: str
+    type: str
+    data: str
+    ttl: int = field(compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.owner} {self.type} {self.data}"
+
+    def is_within(self, zone: str) -> bool:
+        return f".{self.owner}".endswith(f".{zone}.")
+
+
+def entries(zone: dns.zone.Zone) -> list[Entry]:
+    """The records of a zone but those that its server adds."""
+    origin = zone.origin or dns.name.root
     return [
-        (owner, _record(owner, ttl, rdata))
+        Entry(
+            owner.derelativize(origin).to_text().lower(),
+            dns.rdatatype.to_text(rdata.rdtype),
+            rdata.to_text(origin=origin, relativize=False),
+            ttl,
+        )
         for owner, ttl, rdata in zone.iterate_rdatas()
         if rdata.rdtype not in SERVERS_OWN
     ]
 
 
-def _record(owner: dns.name.Name, ttl: int, rdata: dns.rdata.Rdata) -> str:
-    kind = dns.rdatatype.to_text(rdata.rdtype)
-    text = rdata.to_text(origin=dns.name.root, relativize=False)
-    return f"{owner.to_text().lower()} {ttl} {kind} {text}"
+def parsed(text: str) -> list[Entry]:
+    """The records of BIND text with absolute names.
+
+    Raises:
+        Failed: A record stands in it twice.
+    """
+    found = entries(
+        dns.zone.from_text(text, origin=dns.name.root, relativize=False, check_origin=False)
+    )
+    lines = [t for t in text.splitlines() if t.strip() and not t.lstrip().startswith((";", "$"))]
+    if len(lines) != len(found):
+        raise Failed(f"of {len(lines)} records in BIND text only {len(found)} are different")
+    return found
 
 
 def _mail(path: Path) -> Mail:
@@ -469,25 +492,53 @@ class Lab:
         seats = self.network.addresses(f"obs-{name}")
         ipv4 = next(a for a in seats if isinstance(a, IPv4Address))
         ipv6 = next(a for a in seats if isinstance(a, IPv6Address))
-        more = _INTERNET if name == "internet" else ()
-        pairs = zip(self._spare4(ipv4, more), _spare6(ipv6), strict=False)
+        if name == "internet":
+            pairs = zip(self._internet4(), self._internet6(), strict=False)
+            rest = Pool.REST
+        else:
+            pairs = zip(self._neighbours4(ipv4), _neighbours6(ipv6), strict=False)
+            # There are few addresses; these clients stay far below every limit.
+            rest = Pool.REST / 3
         give = Seat(namespace, (ipv4, ipv6)).give
-        # A site-local network has few addresses; its clients stay far below every limit.
-        rest = Pool.REST if more else Pool.REST / 3
         return Observer(place, sealed(namespace), Pool(pairs, give, rest))
 
-    def _spare4(self, seat: IPv4Address, more: tuple[IPv4Network, ...]) -> Iterator[IPv4Address]:
-        """Addresses beside the seat's own that nobody else has, in no order."""
+    def _internet4(self) -> Iterator[IPv4Address]:
+        """Addresses that are nobody's (RFC 5737), also not the platform's, in no order."""
+        own = [n.ipv4.prefix for n in self.platform.networks.values()]
+        candidates = [a for network in _NOBODYS for a in network.hosts()]
+        spare = [a for a in candidates if not any(a in prefix for prefix in own)]
+        random.shuffle(spare)
+        return self._free(spare)
+
+    def _internet6(self) -> Iterator[IPv6Address]:
+        """Addresses that are nobody's (RFC 3849), no two in one /48, in no order.
+
+        Dovecot makes a whole /48 wait after a wrong password.
+        """
+        own = [n.ipv6.prefix for n in self.platform.networks.values()]
+        prefixes = [IPv6Network((0x20010DB8 << 96 | n << 80, 48)) for n in range(0x1000, 0xF000)]
+        random.shuffle(prefixes)
+        return self._free(
+            prefix[0x10] for prefix in prefixes if not any(prefix.overlaps(o) for o in own)
+        )
+
+    def _neighbours4(self, seat: IPv4Address) -> Iterator[IPv4Address]:
+        """Addresses beside the seat's own, in no order."""
         around = [n.ipv4.prefix for n in self.platform.networks.values() if seat in n.ipv4.prefix]
         managed = [p for p in self.platform.management.networks if isinstance(p, IPv4Network)]
         around += [p for p in managed if seat in p] if not around else []
-        taken = {str(a) for h in self.platform.hosts.values() for a in h.addresses}
-        taken |= {str(n.ipv4.gateway) for n in self.platform.networks.values()}
-        taken |= {str(e.ipv4) for e in self.platform.egress.values()}
-        taken |= {str(a) for s in self.network.plan.seats for a in s.addresses}
-        spare = [a for prefix in (*around, *more) for a in prefix.hosts() if str(a) not in taken]
+        spare = [a for prefix in around for a in prefix.hosts()]
         random.shuffle(spare)
-        return iter(spare)
+        return self._free(spare)
+
+    def _free(self, addresses: Iterable[A]) -> Iterator[A]:
+        """Leave out what somebody has."""
+        taken: set[IPAddress] = {a for h in self.platform.hosts.values() for a in h.addresses}
+        networks = self.platform.networks.values()
+        taken |= {g for n in networks for g in (n.ipv4.gateway, n.ipv6.gateway)}
+        taken |= {a for e in self.platform.egress.values() for a in (e.ipv4, e.ipv6)}
+        taken |= {a for s in self.network.plan.seats for a in s.addresses}
+        return (a for a in addresses if a not in taken)
 
     # Certificates
 
@@ -501,14 +552,14 @@ class Lab:
 
     # The program
 
-    def program_records(self) -> dict[str, list[str]]:
+    def program_records(self) -> dict[str, list[Entry]]:
         """Zone -> the records that the program says it holds, from the stack's outputs."""
-        origins = {dns.name.from_text(zone): zone for zone in self.outside.zone_names}
-        found: dict[str, list[str]] = {zone.rstrip("."): [] for zone in origins.values()}
-        for owner, record in parsed(str(self.outputs()["zones"])):
-            inside = [origin for origin in origins if owner.is_subdomain(origin)]
+        zones = [name.rstrip(".") for name in self.outside.zone_names]
+        found: dict[str, list[Entry]] = {zone: [] for zone in zones}
+        for entry in parsed(str(self.outputs()["zones"])):
+            inside = [zone for zone in zones if entry.is_within(zone)]
             if inside:
-                found[origins[max(inside, key=len)].rstrip(".")].append(record)
+                found[max(inside, key=len)].append(entry)
         return found
 
     def outputs(self) -> Mapping[str, object]:
@@ -604,11 +655,10 @@ def sealed(namespace: str) -> Callable[[], AbstractContextManager[None]]:
     return enter
 
 
-_INTERNET = (IPv4Network("198.51.100.0/24"), IPv4Network("203.0.113.0/24"))
-"""Nobody's networks (RFC 5737), for clients on the internet."""
+_NOBODYS = tuple(map(IPv4Network, ("198.51.100.0/24", "203.0.113.0/24")))
 
 
-def _spare6(seat: IPv6Address) -> Iterator[IPv6Address]:
+def _neighbours6(seat: IPv6Address) -> Iterator[IPv6Address]:
     """Addresses in the seat's /64, no two in one /84, in no order."""
     network = int(seat) >> 64 << 64
     for number in random.sample(range(1, 1 << 16), 4096):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -174,15 +173,22 @@ def _expect_exactly_the_programs(ctx: Context) -> str:
     expect(zones, "the program has no zone in the stack's outputs")
 
     def compare(zone: str) -> int:
-        served = Counter(lab.world.records(zone))
-        expected = Counter(program[zone]) + Counter(lab.world.foreign_records(zone))
-        lost = sorted((expected - served).elements())
-        extra = sorted((served - expected).elements())
-        expect(not lost, f"zone {zone} lacks {'; '.join(lost)}")
-        expect(not extra, f"zone {zone} has, beyond the program's records: {'; '.join(extra)}")
-        twice = [record for record, count in expected.items() if count > 1]
-        expect(not twice, f"zone {zone}: more than once: {'; '.join(twice)}")
-        return len(program[zone])
+        served = lab.world.records(zone)
+        there = set(served)
+        own = set(program[zone])
+        expected = own | set(lab.world.foreign_records(zone))
+        lost = "; ".join(sorted(map(str, expected - there)))
+        expect(not lost, f"zone {zone} lacks {lost}")
+        extra = "; ".join(sorted(map(str, there - expected)))
+        expect(not extra, f"zone {zone} has, beyond the program's records: {extra}")
+        expect(len(served) == len(there), f"zone {zone} has records more than once")
+        times = {entry: entry.ttl for entry in served}
+        for entry in own:
+            expect(
+                times[entry] == entry.ttl,
+                f"zone {zone}: {entry} lasts {times[entry]} s, not {entry.ttl} s",
+            )
+        return len(own)
 
     total = sum(each(zones, compare))
     return (
