@@ -459,7 +459,7 @@ def _hierarchies() -> tuple[Path, ...]:
 def _is_init(pid: int) -> bool:
     """Whether the machine's first process has become its init (it starts as nspawn's child)."""
     try:
-        return b"systemd-nspawn" not in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+        return Path(f"/proc/{pid}/exe").readlink().name != "systemd-nspawn"
     except OSError:
         return False
 

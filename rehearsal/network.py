@@ -667,7 +667,7 @@ class Network:
 
     def down(self) -> None:
         """End whatever still runs in the fixed namespaces and remove them."""
-        tear_down(fixed_namespaces())
+        tear_down()
         (self._state.root / "network.json").unlink(missing_ok=True)
 
     def bridge_of(self, network: str) -> str:
@@ -695,8 +695,8 @@ def _nodad(address: IPAddress) -> str:
     return "nodad" if address.version == 6 else ""
 
 
-def tear_down(names: Iterable[str]) -> None:
-    """Remove namespaces, and end what runs in them."""
+def tear_down(names: Iterable[str] = fixed_namespaces()) -> None:
+    """Remove namespaces, and end what runs in them; by default those of every rehearsal."""
     there = [n for n in names if (NETNS / n).exists()]
     for process in inhabitants(there):
         process.end(grace=2.0)
