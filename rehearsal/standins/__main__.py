@@ -42,6 +42,7 @@ def main() -> None:
     """Serve until SIGTERM or SIGINT."""
     arguments = _arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("asyncssh").setLevel(logging.WARNING)
     network.assert_sealed()
     # Blocked before any thread starts, so that none is interrupted and sigwait() gets them.
     signals = {signal.SIGTERM, signal.SIGINT}

@@ -219,6 +219,13 @@ class Resource:
     def delete(self, id: str, state: Properties, call: Call) -> None:
         """Remove the object. One that is gone already is no error."""
 
+    def undo(self, created: Created, inputs: Properties, call: Call) -> None:
+        """The engine is gone and will never know of what was created for it.
+
+        A real provider leaves the object behind, in the way of the next run. Here a killed
+        rehearsal goes on where it stopped.
+        """
+
 
 def _expected(kind: ValueType, value: Value) -> bool:
     if kind == "boolean":
@@ -435,7 +442,11 @@ class Provider(provider_pb2_grpc.ResourceProviderServicer):
                 properties=to_struct(_state(resource, inputs, computed))
             )
         _require_known(inputs)
-        created = resource.create(plain(_public(inputs)), self._call(request, context))
+        call = self._call(request, context)
+        created = resource.create(plain(_public(inputs)), call)
+        if not context.is_active():
+            log.warning("%s: nobody waits for it any more, undone", request.urn)
+            resource.undo(created, plain(_public(inputs)), call)
         return provider_pb2.CreateResponse(
             id=created.id, properties=to_struct(_state(resource, inputs, created.outputs))
         )

@@ -364,6 +364,9 @@ class DnsRecord(Resource):
             with self._store.edit() as data:
                 del data["records"][id]
 
+    def undo(self, created: Created, inputs: Properties, call: Call) -> None:
+        self.delete(created.id, inputs, call)
+
 
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -13,8 +13,9 @@ import errno
 import json
 import secrets
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Protocol, TypeVar
 
@@ -124,7 +125,23 @@ class Target:
             return f"dial tcp {self.endpoint}: connect: {reason}"
         raise error
 
-    async def connect(self) -> asyncssh.SSHClientConnection:
+    @asynccontextmanager
+    async def keys(self) -> AsyncIterator[list[asyncssh.SSHKey | asyncssh.SSHKeyPair]]:
+        """What to log in with: the program's key, then those of the agent that it names."""
+        own = [self.client_key] if self.client_key is not None else []
+        if self.agent is None:
+            yield [*own]
+            return
+        try:
+            agent = await asyncssh.connect_agent(self.agent)
+        except OSError as error:
+            raise ProviderError(f"dial unix {self.agent}: connect: {error.strerror}") from error
+        async with agent:
+            yield [*own, *await agent.get_keys()]
+
+    async def connect(
+        self, keys: list[asyncssh.SSHKey | asyncssh.SSHKeyPair]
+    ) -> asyncssh.SSHClientConnection:
         """Dial once."""
         options: dict[str, Any] = {}
         if self.host_key is not None:
@@ -137,9 +154,9 @@ class Target:
             self.host,
             self.port,
             username=self.user,
-            client_keys=[self.client_key] if self.client_key is not None else None,
+            client_keys=keys or None,
             password=self.password,
-            agent_path=self.agent,
+            agent_path=None,
             config=None,
             connect_timeout=self.dial_timeout or None,
             login_timeout=self.dial_timeout,
@@ -149,10 +166,16 @@ class Target:
 
     async def dial(self, call: Call) -> asyncssh.SSHClientConnection:
         """Dial until it works, at most ``dial_limit`` times more than once (-1: for ever)."""
+        async with self.keys() as keys:
+            return await self._dial(keys, call)
+
+    async def _dial(
+        self, keys: list[asyncssh.SSHKey | asyncssh.SSHKeyPair], call: Call
+    ) -> asyncssh.SSHClientConnection:
         failed, delay = 0, FIRST_DELAY
         while True:
             try:
-                return await self.connect()
+                return await self.connect(keys)
             except (OSError, asyncssh.Error) as error:
                 reason = self.explain(error)
             if -1 < self.dial_limit <= failed:

@@ -251,6 +251,9 @@ class VolumeResource(Resource):
                 self._books.hypervisors.delete_volume(hypervisor, volume_of(entry), owner)
             del books["volumes"][id]
 
+    def undo(self, created: Created, inputs: Properties, call: Call) -> None:
+        self.delete(created.id, inputs, call)
+
 
 class CloudInitDisk(Resource):
     """A disk with cloud-init's data. Its id is the key of its volume and a UUID."""
@@ -293,6 +296,9 @@ class CloudInitDisk(Resource):
     def delete(self, id: str, state: Properties, call: Call) -> None:
         with self._books.open(self._books.hypervisor(call)) as books:
             books["disks"].pop(id, None)
+
+    def undo(self, created: Created, inputs: Properties, call: Call) -> None:
+        self.delete(created.id, inputs, call)
 
 
 class DomainResource(Resource):
@@ -460,6 +466,9 @@ class DomainResource(Resource):
                 self._books.hypervisors.destroy(hypervisor, name)
             with self._books.open(hypervisor) as books:
                 del books["domains"][id]
+
+    def undo(self, created: Created, inputs: Properties, call: Call) -> None:
+        self.delete(created.id, inputs, call)
 
 
 def _mac(domain: str, number: int) -> str:

@@ -21,6 +21,7 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.RLock()
+        self._written = ""
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             self._data: dict[str, Any] = json.loads(path.read_text())
@@ -33,12 +34,15 @@ class Store:
 
     @contextmanager
     def edit(self) -> Iterator[dict[str, Any]]:
-        """Hold the data under the lock; it is written when the block ends, also by an error."""
+        """Hold the data under the lock; changes are written when the block ends, in any way."""
         with self._lock:
             try:
                 yield self._data
             finally:
-                write_private(self.path, json.dumps(self._data, indent=1, sort_keys=True))
+                text = json.dumps(self._data, indent=1, sort_keys=True)
+                if text != self._written:
+                    write_private(self.path, text)
+                    self._written = text
 
     @contextmanager
     def view(self) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,170 @@
+"""The stand-ins' tables against the real providers' packages and schemas."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rehearsal.standins.base import Input, Resource
+from rehearsal.standins.cloudflare import DnsRecord
+from rehearsal.standins.command import RemoteCommand
+from rehearsal.standins.diff import Change, Kind, changes
+from rehearsal.standins.libvirt import CloudInitDisk, DomainResource, VolumeResource
+from rehearsal.standins.random import RandomBytes, RandomId, RandomPassword, RandomString
+from rehearsal.standins.tls import PrivateKey
+from rehearsal.standins.values import (
+    UNKNOWN,
+    Secret,
+    from_struct,
+    has_secret,
+    has_unknown,
+    plain,
+    to_struct,
+)
+
+SDK: dict[type[Resource], tuple[str, str]] = {
+    DnsRecord: ("pulumi_cloudflare.dns_record", "DnsRecord"),
+    RemoteCommand: ("pulumi_command.remote.command", "Command"),
+    VolumeResource: ("pulumi_libvirt.volume", "Volume"),
+    CloudInitDisk: ("pulumi_libvirt.cloud_init_disk", "CloudInitDisk"),
+    DomainResource: ("pulumi_libvirt.domain", "Domain"),
+    RandomString: ("pulumi_random.random_string", "RandomString"),
+    RandomPassword: ("pulumi_random.random_password", "RandomPassword"),
+    RandomBytes: ("pulumi_random.random_bytes", "RandomBytes"),
+    RandomId: ("pulumi_random.random_id", "RandomId"),
+    PrivateKey: ("pulumi_tls.private_key", "PrivateKey"),
+}
+
+# `willReplaceOnChanges` of the packages' schemas; the plan modifiers of the providers' own
+# sources where the schema does not say (random, tls, cloudflare).
+ALL = "all"
+REPLACES: dict[type[Resource], str] = {
+    DnsRecord: "zoneId",
+    RemoteCommand: "triggers",
+    VolumeResource: ALL,
+    CloudInitDisk: ALL,
+    DomainResource: "cmdlines coreosIgnition cpu description disks filesystems firmware fwCfgName "
+    "graphics memory name nvram type vcpu",
+    RandomString: ALL,
+    RandomPassword: ALL,
+    RandomBytes: ALL,
+    RandomId: ALL,
+    PrivateKey: ALL,
+}
+
+
+def camel(name: str) -> str:
+    head, *rest = name.split("_")
+    return head + "".join(word.title() for word in rest)
+
+
+def module(resource: type[Resource]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module(SDK[resource][0])
+
+
+@pytest.fixture(params=SDK, ids=lambda resource: resource.token)
+def resource(request: pytest.FixtureRequest) -> type[Resource]:
+    found: type[Resource] = request.param
+    return found
+
+
+def test_inputs_are_those_of_the_package(resource: type[Resource]) -> None:
+    arguments = getattr(module(resource), f"{SDK[resource][1]}Args").__init__
+    parameters = list(inspect.signature(arguments).parameters.values())[1:]
+    assert {camel(p.name): p.default is inspect.Parameter.empty for p in parameters} == {
+        key: entry.required for key, entry in resource.inputs.items()
+    }
+
+
+def test_outputs_are_outputs_of_the_package(resource: type[Resource]) -> None:
+    known = {
+        camel(name)
+        for name, value in vars(getattr(module(resource), SDK[resource][1])).items()
+        if isinstance(value, property)
+    }
+    assert set(resource.outputs) <= known
+
+
+def test_secrets_are_those_of_the_package(resource: type[Resource]) -> None:
+    source = Path(module(resource).__file__).read_text()
+    named = re.search(r"additional_secret_outputs=\[(.*?)\]", source)
+    expected = set(re.findall(r'"(\w+)"', named.group(1))) if named else set()
+    marked = {*resource.outputs.items(), *resource.inputs.items()}
+    assert {key for key, entry in marked if entry.secret} == expected
+
+
+def test_replacing_inputs_are_those_of_the_schema(resource: type[Resource]) -> None:
+    expected = resource.inputs if REPLACES[resource] == ALL else REPLACES[resource].split()
+    assert {key for key, entry in resource.inputs.items() if entry.replaces} == set(expected)
+
+
+def test_defaults_have_the_type_of_their_input(resource: type[Resource]) -> None:
+    types: dict[str, tuple[type, ...]] = {
+        "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
+    }  # fmt: skip
+
+    def fits(entry: Input) -> bool:
+        return entry.default is None or isinstance(entry.default, types[entry.type])
+
+    assert all(fits(entry) for entry in resource.inputs.values())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ({"a": 1}, {"a": 1}, []),
+        ({"a": 1}, {"a": 1.0}, [Change("a", Kind.UPDATE)]),
+        ({"a": 1}, {"b": 1}, [Change("a", Kind.DELETE), Change("b", Kind.ADD)]),
+        ({"a": {"b": 1, "c.d": 2}}, {"a": {"b": 2, "c.d": 3}},
+         [Change("a.b", Kind.UPDATE), Change('a["c.d"]', Kind.UPDATE)]),
+        ({"a": [1, 2]}, {"a": [1, 3, 4]}, [Change("a[1]", Kind.UPDATE), Change("a[2]", Kind.ADD)]),
+        ({"a": [1, 2]}, {"a": [1]}, [Change("a[1]", Kind.DELETE)]),
+        ({"a": Secret("x")}, {"a": "x"}, []),
+        ({"a": Secret("x")}, {"a": Secret("y")}, [Change("a", Kind.UPDATE)]),
+        ({"a": "x"}, {"a": UNKNOWN}, [Change("a", Kind.UPDATE)]),
+        ({"a": True}, {"a": 1}, [Change("a", Kind.UPDATE)]),
+        ({"__defaults": ["name"]}, {}, []),
+    ],
+)  # fmt: skip
+def test_changes_are_found_by_path(
+    old: dict[str, Any], new: dict[str, Any], expected: list[Change]
+) -> None:
+    assert changes(old, new) == expected
+
+
+def test_ignored_paths_count_with_everything_below_them() -> None:
+    old = {"disks": [{"volumeId": "a"}], "diskless": 1, "cpu": {"mode": "x"}}
+    new = {"disks": [{"volumeId": "b"}], "diskless": 2, "cpu": {"mode": "y"}}
+    assert [change.path for change in changes(old, new, ["disks", "cpu.mode"])] == ["diskless"]
+
+
+def test_values_survive_the_wire() -> None:
+    value = {
+        "text": "ä\n", "whole": 22, "broken": 1.5, "yes": True, "none": {},
+        "list": [1, "a", [False]],
+        "secret": Secret({"key": "k"}), "unknown": UNKNOWN, "both": Secret(UNKNOWN),
+    }  # fmt: skip
+    back = from_struct(to_struct(value))
+    assert back == value
+    assert isinstance(back["whole"], int)
+    assert has_secret(back["both"])
+    assert has_unknown(back["both"])
+    assert plain(back["secret"]) == {"key": "k"}
+
+
+def test_what_is_not_set_is_left_out() -> None:
+    assert from_struct(to_struct({"a": None, "b": 1})) == {"b": 1}
+
+
+def test_a_secret_is_not_shown_and_an_unknown_has_no_truth() -> None:
+    assert "hidden" not in repr({"key": Secret("hidden")})
+    with pytest.raises(TypeError):
+        bool(UNKNOWN)
