@@ -23,6 +23,7 @@ def queue_files(host: Host) -> Mapping[str, File]:
         return {}
     return dict(
         (
+            templated("postfix/usr/local/lib/mail-platform/mail-queue.j2", mode=0o755),
             templated("postfix/etc/systemd/system/mail-queue.service.j2"),
             templated(f"postfix/etc/systemd/system/{QUEUE_MOUNT}.j2"),
         )

@@ -202,3 +202,41 @@ def test_streams_lead_from_both_families_to_the_primary_first(image: Image) -> N
         inside = platform.leg(case.host, NetworkKind.SITE_LOCAL) or case.host.interfaces[0]
         assert f"proxy_bind {inside.ipv4};" in rows
         assert "proxy_protocol on;" in rows
+
+
+# A queue as a host left it whose postfix was user 4242 and whose postdrop was group 4343.
+_OLD_QUEUE = """\
+mkdir -p /srv/mail/postfix && cd /srv/mail/postfix
+mkdir -p active deferred/A maildrop public private pid
+touch deferred/A/mail maildrop/local
+chown 4242 active deferred deferred/A deferred/A/mail maildrop public private
+chgrp 4343 maildrop public maildrop/local
+chown 1000 maildrop/local
+"""
+_PREPARE = "/usr/local/lib/mail-platform/mail-queue"
+_OWNERS = "cd /srv/mail/postfix && find . | sort | xargs stat -c '%n %U:%G %u'"
+
+
+def test_a_replaced_host_takes_over_the_queue_of_the_old_one(image: Image) -> None:
+    case = OUT[0]
+    files = all_files(case.platform, case.host)
+    steps = [["sh", "-ec", _OLD_QUEUE], [_PREPARE], ["sh", "-c", _OWNERS], [_PREPARE]]
+    results = image.run(files, [Step(command) for command in steps])
+    assert [r.status for r in results] == [0, 0, 0, 0], results
+    owners = {row.split()[0]: row.split()[1:] for row in results[2].out.splitlines()}
+    for path in ("./active", "./deferred", "./deferred/A", "./deferred/A/mail", "./private"):
+        assert owners[path][0] == "postfix:root", path
+    assert owners["./maildrop"][0] == owners["./public"][0] == "postfix:postdrop"
+    # Local mail that waits there belongs to who sent it.
+    assert owners["./maildrop/local"] == ["UNKNOWN:postdrop", "1000"]
+    assert owners["./pid"][0] == "root:root"
+
+
+def test_a_new_host_gets_an_empty_queue(image: Image) -> None:
+    case = OUT[0]
+    files = all_files(case.platform, case.host)
+    steps = [["mkdir", "-p", "/srv/mail"], [_PREPARE], ["sh", "-c", _OWNERS]]
+    results = image.run(files, [Step(command) for command in steps])
+    assert [r.status for r in results] == [0, 0, 0], results
+    rows = [" ".join(row.split()[:2]) for row in results[2].out.splitlines()]
+    assert rows == [". root:root", "./private postfix:root"]

@@ -208,6 +208,7 @@ READ_BY_NOBODY = {
     "/etc/cloud/cloud-init.disabled",
     "/etc/hostname",
     "/usr/local/lib/mail-platform/check-dkim",
+    "/usr/local/lib/mail-platform/mail-queue",
     "/usr/local/sbin/mail-agent",
 }
 #: Units that start with the daemons that need them, and one that must not start.
