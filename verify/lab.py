@@ -581,11 +581,15 @@ class Lab:
         mark = self.state.bare / host.name
         mark.touch()
         try:
-            with self._alone():
-                program = platform_up.stack(self.state, Progress(quiet=True))
-                program.up(Progress(quiet=True), replace=[f"{host.name}-root"])
+            self.replace(host)
         finally:
             mark.unlink()
+
+    def replace(self, host: Host) -> None:
+        """Have the engine replace the host's machine: a new root volume, the old data volume."""
+        with self._alone():
+            program = platform_up.stack(self.state, Progress(quiet=True))
+            program.up(Progress(quiet=True), replace=[f"{host.name}-root"])
 
     @staticmethod
     def _alone() -> AbstractContextManager[None]:

@@ -1,0 +1,82 @@
+"""Faults of the frontends that their checks must see."""
+
+from __future__ import annotations
+
+from verify.context import SUBMISSION, SUBMISSION_PROXY, Context
+
+from .faults import changed_by_hand, edit, expect_green, expect_red, setting
+
+STREAM = "/etc/nginx/mail-streams.d/smtp-out.conf"
+NGINX = "nginx.service"
+
+
+def test_a_frontend_without_backups_turns_edge_1_red(platform_up: Context) -> None:
+    backups = edit(STREAM, "/ backup;/d")
+    with changed_by_hand(platform_up, platform_up.frontends[0], backups, restart=NGINX):
+        expect_red(platform_up, "EDGE-1", "two logins in a row failed")
+    expect_green(platform_up, "EDGE-1")
+
+
+def test_nginx_own_connect_timeout_turns_edge_1_red(platform_up: Context) -> None:
+    """The seed leaves it at NGINX's 60 s."""
+    patient = edit(STREAM, "/proxy_connect_timeout/d")
+    with changed_by_hand(platform_up, platform_up.frontends[0], patient, restart=NGINX):
+        expect_red(platform_up, "EDGE-1", "login failed only after|a login took")
+
+
+def test_streams_without_proxy_headers_turn_edge_2_and_out_7_red(platform_up: Context) -> None:
+    """As in the seed: Postfix sees and counts the frontend."""
+    bare = edit(STREAM, f"s/:{SUBMISSION_PROXY} /:{SUBMISSION} /", "/proxy_protocol on;/d")
+    with changed_by_hand(platform_up, platform_up.frontends[0], bare, restart=NGINX):
+        expect_red(platform_up, "EDGE-2", "Received shows another client")
+        expect_red(platform_up, "OUT-7", "while .* is over its limit, another client fails")
+
+
+def test_a_proxy_port_that_anyone_reaches_turns_edge_2_red(platform_up: Context) -> None:
+    member = platform_up.members[-1]
+    machine = platform_up.lab.machine(member)
+    rule = f"tcp dport {SUBMISSION_PROXY} accept"
+    try:
+        machine.run("nft", "insert", "rule", "inet", "filter", "input", *rule.split())
+        expect_red(platform_up, "EDGE-2", f"port {SUBMISSION_PROXY} takes a PROXY header")
+    finally:
+        machine.run("systemctl", "reload", "nftables.service")
+
+
+def test_frontends_in_mynetworks_turn_edge_2_red(platform_up: Context) -> None:
+    """With the client's address lost, that made an open relay of everybody."""
+    member = platform_up.members[-1]
+    addresses = [a for f in platform_up.frontends for a in platform_up.internal(f)]
+    words = " ".join(f"[{a}]" if a.version == 6 else str(a) for a in addresses)
+    with changed_by_hand(
+        platform_up, member, setting(f"mynetworks=127.0.0.0/8 [::1]/128 {words}"),
+        restart="postfix.service",
+    ):  # fmt: skip
+        expect_red(platform_up, "EDGE-2", "a frontend relays without AUTH")
+
+
+def test_a_frontend_of_one_family_turns_edge_3_and_out_1_red(platform_up: Context) -> None:
+    one = edit(STREAM, r"/listen \[::\]/d")
+    with changed_by_hand(platform_up, platform_up.frontends[0], one, restart=NGINX):
+        expect_red(platform_up, "EDGE-3", "Connection refused")
+        expect_red(platform_up, "OUT-1", "Connection refused")
+
+
+def test_a_lost_foreign_table_turns_edge_4_red(platform_up: Context) -> None:
+    machine = platform_up.lab.machine(platform_up.frontends[0])
+    try:
+        machine.run("nft", "delete", *machine.FOREIGN_TABLE.split())
+        expect_red(platform_up, "EDGE-4", "firewall table is gone")
+    finally:
+        machine.run("systemctl", "restart", "nftables.service")
+
+
+def test_a_changed_foreign_website_turns_edge_4_red(platform_up: Context) -> None:
+    machine = platform_up.lab.machine(platform_up.frontends[-1])
+    page = machine.run("sh", "-c", "ls /var/www/operator/*").split()[0]
+    kept = machine.run("cat", page)
+    try:
+        machine.run("tee", page, input="Welcome to nginx!\n")
+        expect_red(platform_up, "EDGE-4", "Welcome to nginx")
+    finally:
+        machine.run("tee", page, input=kept)
