@@ -259,10 +259,12 @@ def test_a_refusing_member_stops_the_roll_out(
 def test_more_memory_replaces_one_machine_at_a_time_and_keeps_its_data(
     edited: Callable[[str, str, str], Project], members: list[str]
 ) -> None:
+    machine = load_platform(SITE).hosts[members[0]].vm
+    assert machine is not None
     project = edited(
         "topology.yaml",
-        "hvn0-chrma0, cpus: 4, memory_mib: 8192",
-        "hvn0-chrma0, cpus: 4, memory_mib: 4096",
+        f"{machine.hypervisor}, cpus: 4, memory_mib: 8192",
+        f"{machine.hypervisor}, cpus: 4, memory_mib: 4096",
     )
     outcome = project.up(program)
     assert outcome.ok, outcome.error
