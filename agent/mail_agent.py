@@ -60,7 +60,7 @@ START_SECONDS = 60
 RELOAD_SECONDS = 15
 STEADY_SECONDS = 1.0
 POLICY_RC_D = "/usr/sbin/policy-rc.d"
-POLICY_ASIDE = "/usr/sbin/.policy-rc.d.mail-agent"
+POLICY_ASIDE = "/usr/sbin/.policy-rc.d.before-mail-agent"
 POLICY_TEXT = "#!/bin/sh\n# mail-agent: services stay down while packages are installed\nexit 101\n"
 KEPT_RUNS = 10
 JOURNAL_FORMAT = 1
@@ -545,7 +545,9 @@ class Transaction:
         write_file(self.folder / "pending", b"")
 
     def note(self, verb: str, unit: str) -> None:
-        """Note what is about to be done to a unit."""
+        """Note what is about to be done to a unit, where there is something to take back."""
+        if not self.exists:
+            return
         with (self.folder / "touched").open("a", encoding="utf-8") as stream:
             stream.write(f"{verb} {unit}\n")
             stream.flush()
@@ -783,7 +785,9 @@ class Store:
     def commit(self) -> None:
         """Make the transaction's generation the active one: the one commit point."""
         (self.transaction.folder / "manifest.json").rename(self.folder / "active.json")
-        sync_folder(self.folder)
+        # From here on it must not be undone, not even for a disk that reports errors.
+        with contextlib.suppress(OSError):
+            sync_folder(self.folder)
 
     def complete(self) -> None:
         """What is left to do after the commit point."""
@@ -997,44 +1001,39 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-_PLACE = r"(?:[:,]?\s+(?:on\s+|at\s+)?line\s+|:)(\d+)"
-_SETTING = re.compile(
-    r"(?:unused parameter|configuration|parameter|setting|option|directive):? +\"?([A-Za-z0-9_]+)",
-    re.IGNORECASE,
-)
+_LINE = r"[:,]?\s+(?:on\s+|at\s+)?line\s+(\d+)"
+_PLACE = rf"(?:{_LINE}|:(\d+)(?::\d+(?:-\d+)?)?)"
+_MOST_LINES = 20
 
 
 def explain(words: str, files: Mapping[str, File], paths: Sequence[str] = ()) -> list[str]:
     """A checker's words as ``path:line: words (template)``, where they concern one of our files.
 
-    ``paths``: what the checker reads; where its words name a setting and no file, the setting is
-    looked for there.
+    ``paths``: what the checker reads. Where its words name a setting or a value and no line, the
+    line is looked for there. What is said twice is told once.
     """
-    return [
-        _explain(line, files, paths) for line in (x.strip() for x in words.splitlines()) if line
-    ]
+    spoken = [line.strip() for line in words.splitlines() if line.strip()]
+    lines = list(dict.fromkeys(_explain(line, files, paths) for line in spoken))
+    left = len(lines) - _MOST_LINES
+    return lines if left <= 0 else [*lines[:_MOST_LINES], f"and {left} lines more"]
 
 
 def _explain(line: str, files: Mapping[str, File], paths: Sequence[str]) -> str:
     path = next((p for p in sorted(files, key=len, reverse=True) if _names(line, p)), None)
-    setting = _SETTING.search(line)
-    if path is None and setting is not None:
-        path = next(
-            (
-                p
-                for p, file in sorted(files.items())
-                if under(p, paths) and not file.secret and _line_of(setting.group(1), file.content)
-            ),
-            None,
-        )
+    number: str | None = None
+    if path is None:
+        readable = [p for p in files if under(p, paths) and not files[p].secret]
+        path, number = _find(line, {p: files[p].content for p in readable}, certain=True)
+    else:
+        named = re.escape(path)
+        found = re.search(named + _PLACE, line) or re.search(_LINE, line)
+        number = next(filter(None, found.groups()), None) if found else None
+        if number is None and not files[path].secret:
+            _, number = _find(line, {path: files[path].content}, certain=False)
     if path is None:
         return line
-    found = re.search(re.escape(path) + _PLACE, line) or re.search(_PLACE, line)
-    number = found.group(1) if found else None
-    if number is None and setting is not None and not files[path].secret:
-        number = _line_of(setting.group(1), files[path].content)
     where = f"{path}:{number}" if number else path
-    said = re.sub(rf"^{re.escape(path)}({_PLACE})?(:\d+(-\d+)?)?[:,]?\s*", "", line) or line
+    said = re.sub(rf"^{re.escape(path)}(?:{_PLACE})?[:,]?\s*", "", line) or line
     template = f" (template {files[path].template})" if files[path].template else ""
     return f"{where}: {said}{template}"
 
@@ -1044,12 +1043,34 @@ def _names(line: str, path: str) -> bool:
     return re.search(rf"(?<![\w./-]){re.escape(path)}(?![\w/-]|\.\w)", line) is not None
 
 
-def _line_of(setting: str, content: bytes) -> str | None:
-    """The line that sets something."""
-    for number, line in enumerate(content.decode(errors="replace").splitlines(), start=1):
-        if re.match(rf"\s*(-o\s+)?{re.escape(setting)}\b", line):
-            return str(number)
-    return None
+def _find(
+    words: str, contents: Mapping[str, bytes], certain: bool
+) -> tuple[str, str] | tuple[None, None]:
+    """The file and line that a checker means when it repeats a part of it.
+
+    ``certain``: nothing but a setting or something in quotes tells which file it is.
+    """
+    quoted = re.findall(r"\"([^\"]+)\"|'([^']+)'", words)
+    settings = re.findall(r"\b[A-Za-z0-9]+_\w+", words)
+    settings += re.findall(r"(?:parameter|setting|option): +(\w+)", words)
+    others = [] if certain else [x for x in re.split(r"[\s,;]+", words) if re.search(r"[/:]\w", x)]
+    rows = [
+        (path, number, " ".join(row.split()))
+        for path, content in contents.items()
+        for number, row in enumerate(content.decode(errors="replace").splitlines(), start=1)
+        if row.strip() and not row.lstrip().startswith(("#", ";", "//"))
+    ]
+    for setting in settings:
+        found = [x for x in rows if re.match(rf"(-o )?{re.escape(setting)}\b", x[2])]
+        if found:
+            # Of two, the last one counts.
+            return found[-1][0], str(found[-1][1])
+    for part in (*(one or other for one, other in quoted), *settings, *others):
+        text = re.escape(" ".join(part.rstrip(":").split()))
+        found = [x for x in rows if re.search(rf"(?<![\w.]){text}(?![\w])", x[2])]
+        if len(found) == 1:
+            return found[0][0], str(found[0][1])
+    return None, None
 
 
 def fragments(content: bytes) -> set[str]:
