@@ -51,12 +51,11 @@ class Data:
 
 
 def canonical(type: str, text: str) -> Data:
-    """The record in dnspython's spelling, so that equal records compare equal.
+    """The record in dnspython's spelling, names absolute, so that equal records compare equal.
 
     Raises :class:`dns.exception.DNSException` or ``ValueError`` for data that is no ``type``.
     """
-    rdata = dns.rdata.from_text(dns.rdataclass.IN, type, text, origin=dns.name.root)
-    return Data(type, rdata.to_text())
+    return Data(type, _rdata(Data(type, text)).to_text())
 
 
 class Publisher(Protocol):
@@ -152,7 +151,9 @@ def _absolute(name: str) -> dns.name.Name:
 
 
 def _rdata(data: Data) -> dns.rdata.Rdata:
-    return dns.rdata.from_text(dns.rdataclass.IN, data.type, data.text, origin=dns.name.root)
+    return dns.rdata.from_text(
+        dns.rdataclass.IN, data.type, data.text, origin=dns.name.root, relativize=False
+    )
 
 
 def types(records: Collection[Data]) -> set[str]:
