@@ -112,18 +112,15 @@ def up(site: Site, state: State, progress: Progress) -> dict[str, int]:
     start_standins(site, state, progress)
 
     rehearsed = program.Program(state, site.stack, found)
-    with progress.step("stack configuration"):
-        rehearsed.configure(
-            program.settings(
-                site.stack,
-                overlay=state.world_overlay,
-                deploy_key=secrets.operator_key(state),
-                certificates=secrets.certificates(state, platform, hosts),
-                given=rehearsal_passwords(state.root, platform),
-            )
-        )
+    values = program.settings(
+        site.stack,
+        overlay=state.world_overlay,
+        deploy_key=secrets.operator_key(state),
+        certificates=secrets.certificates(state, platform, hosts),
+        given=rehearsal_passwords(state.root, platform),
+    )
     with progress.step(f"pulumi up --stack {site.stack}"):
-        return rehearsed.up(progress)
+        return rehearsed.up(progress, values=values)
 
 
 def _at_once(steps: Sequence[tuple[str, Callable[[], None]]], progress: Progress) -> None:

@@ -122,17 +122,23 @@ class Program:
     stack: str
     engine: Engine
 
-    def configure(self, values: Settings) -> None:
-        """Make the stack if it is not there, and give it its configuration."""
-        self._run("configure", input=json.dumps({"plain": values.plain, "secret": values.secret}))
-
-    def up(self, progress: Progress, *, replace: Sequence[str] = ()) -> dict[str, int]:
+    def up(
+        self,
+        progress: Progress,
+        *,
+        values: Settings | None = None,
+        replace: Sequence[str] = (),
+    ) -> dict[str, int]:
         """Run ``pulumi up``; returns the number of resources per kind of change.
 
-        ``replace`` are names of resources that are replaced although nothing changed.
+        ``values`` is the stack's configuration, by default the one that it has. ``replace`` are
+        names of resources that are replaced although nothing changed.
         Raises :class:`ProgramError` when the engine fails; its errors have been printed.
         """
-        changes: dict[str, int] = self._run("up", replace=replace, progress=progress)["changes"]
+        given = {"plain": values.plain, "secret": values.secret} if values else None
+        changes: dict[str, int] = self._run(
+            "up", replace=replace, progress=progress, input=json.dumps(given)
+        )["changes"]
         return changes
 
     def preview(self) -> None:
@@ -296,9 +302,8 @@ class _Inside:
             ),
         )
 
-    def configure(self, document: Mapping[str, Mapping[str, str]]) -> None:
+    def configure(self, stack: automation.Stack, document: Mapping[str, Mapping[str, str]]) -> None:
         """Set what differs from last time. Secrets go in on standard input, never as arguments."""
-        stack = self.stack()
         digests = {
             key: hashlib.sha256(f"{kind} {value}".encode()).hexdigest()
             for kind, values in document.items()
@@ -329,9 +334,13 @@ class _Inside:
         if done.returncode != 0:
             raise RehearsalError(f"pulumi config set {key}: {done.stderr.strip()}")
 
-    def up(self, replace: Sequence[str]) -> dict[str, Any]:
+    def up(
+        self, document: Mapping[str, Mapping[str, str]] | None, replace: Sequence[str]
+    ) -> dict[str, Any]:
         stack = self.stack()
         self._unlock(stack)
+        if document is not None:
+            self.configure(stack, document)
         urns = self._urns(stack, replace)
         with _Watch(self.progress, self.state.root / _LOG).running() as watch:
             self._act(
@@ -473,7 +482,7 @@ def _label(urn: str) -> str:
 def main() -> int:
     """What runs in the operator's namespace; not meant to be called by hand."""
     parser = argparse.ArgumentParser(prog="python -m rehearsal.program", description=main.__doc__)
-    parser.add_argument("action", choices=("configure", "up", "preview", "outputs"))
+    parser.add_argument("action", choices=("up", "preview", "outputs"))
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--stack", required=True)
     parser.add_argument("--pulumi", type=Path, required=True)
@@ -487,10 +496,8 @@ def main() -> int:
         network.assert_sealed()
         inside = _Inside(state, options.stack, options.pulumi, Progress(started=options.started))
         result: dict[str, Any] = {}
-        if options.action == "configure":
-            inside.configure(json.load(sys.stdin))
-        elif options.action == "up":
-            result = inside.up(options.replace)
+        if options.action == "up":
+            result = inside.up(json.load(sys.stdin), options.replace)
         elif options.action == "preview":
             result = inside.preview()
         else:
