@@ -32,6 +32,7 @@ KEY = "/etc/keys/private"
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(mail_agent, "STEADY_SECONDS", 0.0)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
     (tmp_path / "usr/sbin").mkdir(parents=True)
     return Host(tmp_path)
 

@@ -30,6 +30,15 @@ CALLS = ("link", "rename", "replace", "unlink", "mkdir", "rmdir", "fchown", "fch
 GROWING = ("link", "mkdir", "open")
 
 
+MEMORY = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
+        yield Path(name)
+
+
 class Crash(BaseException):
     """The process is gone: nothing may catch this."""
 
@@ -156,11 +165,11 @@ def both(scene: Scene, folder: Path) -> tuple[Tree, Tree]:
 
 
 @pytest.mark.parametrize("boot", [False, True])
-def test_a_run_killed_at_any_call_is_undone_or_completed(tmp_path: Path, boot: bool) -> None:
-    old, new = both(SCENE, tmp_path / "calm")
+def test_a_run_killed_at_any_call_is_undone_or_completed(folder: Path, boot: bool) -> None:
+    old, new = both(SCENE, folder / "calm")
     seen = []
     for at in range(1, 1000):
-        host = lay(tmp_path / str(at), SCENE)
+        host = lay(folder / str(at), SCENE)
         try:
             with faulty(Faults(at, fault=_crash)):
                 host.apply(wanted(SCENE))
@@ -176,13 +185,13 @@ def test_a_run_killed_at_any_call_is_undone_or_completed(tmp_path: Path, boot: b
     assert seen == sorted(seen, reverse=True)
 
 
-def test_undoing_may_be_killed_at_any_call_too(tmp_path: Path) -> None:
-    old, new = both(SCENE, tmp_path / "calm")
+def test_undoing_may_be_killed_at_any_call_too(folder: Path) -> None:
+    old, new = both(SCENE, folder / "calm")
     calls = Faults(0, fault=_crash)
     with faulty(calls):
-        lay(tmp_path / "count", SCENE).apply(wanted(SCENE))
+        lay(folder / "count", SCENE).apply(wanted(SCENE))
     for second in range(1, 1000):
-        host = lay(tmp_path / str(second), SCENE)
+        host = lay(folder / str(second), SCENE)
         # Two thirds of the way: half of the files are switched.
         with pytest.raises(Crash), faulty(Faults(calls.count * 2 // 3, fault=_crash)):
             host.apply(wanted(SCENE))
@@ -209,11 +218,11 @@ def _fail(number: int) -> Callable[[], None]:
     return fail
 
 
-def test_a_full_disk_at_any_call_leaves_the_old_files(tmp_path: Path) -> None:
-    old, new = both(SCENE, tmp_path / "calm")
+def test_a_full_disk_at_any_call_leaves_the_old_files(folder: Path) -> None:
+    old, new = both(SCENE, folder / "calm")
     refused = 0
     for at in range(1, 1000):
-        host = lay(tmp_path / str(at), SCENE)
+        host = lay(folder / str(at), SCENE)
         faults = Faults(at, _fail(errno.ENOSPC), lasting=True, calls=GROWING)
         with faulty(faults):
             try:
@@ -230,10 +239,10 @@ def test_a_full_disk_at_any_call_leaves_the_old_files(tmp_path: Path) -> None:
     assert refused > 15
 
 
-def test_taking_back_needs_no_space(tmp_path: Path) -> None:
+def test_taking_back_needs_no_space(folder: Path) -> None:
     text = wanted(SCENE, health=[{"kind": "command", "command": ["ask"], "timeout": 0}])
     for at in range(1, 1000):
-        host = lay(tmp_path / str(at), SCENE)
+        host = lay(folder / str(at), SCENE)
         before = host.tree()
         host.system.commands["ask"] = lambda _: mail_agent.Done(1, "", "no answer")
         faults = Faults(at, _fail(errno.ENOSPC), lasting=True, calls=GROWING)
@@ -245,10 +254,10 @@ def test_taking_back_needs_no_space(tmp_path: Path) -> None:
     pytest.fail("the run never ended")
 
 
-def test_one_failed_call_leaves_old_or_new(tmp_path: Path) -> None:
-    old, new = both(SCENE, tmp_path / "calm")
+def test_one_failed_call_leaves_old_or_new(folder: Path) -> None:
+    old, new = both(SCENE, folder / "calm")
     for at in range(1, 1000):
-        host = lay(tmp_path / str(at), SCENE)
+        host = lay(folder / str(at), SCENE)
         faults = Faults(at, _fail(errno.EIO))
         with faulty(faults), suppress(AgentError, OSError):
             host.apply(wanted(SCENE))
@@ -259,8 +268,8 @@ def test_one_failed_call_leaves_old_or_new(tmp_path: Path) -> None:
     pytest.fail("the run never ended")
 
 
-def test_unhealthy_is_taken_back_exactly(tmp_path: Path) -> None:
-    host = lay(tmp_path, SCENE)
+def test_unhealthy_is_taken_back_exactly(folder: Path) -> None:
+    host = lay(folder, SCENE)
     before = host.tree()
     host.system.commands["ask"] = lambda _: mail_agent.Done(1, "", "no answer")
     sick = [{"kind": "command", "command": ["ask"], "timeout": 0}]
@@ -290,9 +299,9 @@ SCENES = st.fixed_dictionaries(dict.fromkeys(PATHS, PLACES))
 def test_any_change_killed_anywhere_twice(
     scene: Scene, first: int, second: int, boot: bool
 ) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        old, new = both(scene, Path(folder) / "calm")
-        host = lay(Path(folder) / "killed", scene)
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
+        old, new = both(scene, Path(name) / "calm")
+        host = lay(Path(name) / "killed", scene)
         _in_a_process(lambda: host.apply(wanted(scene)), first)
         _in_a_process(lambda: host.settle(boot=boot), second)
         host.settle()
