@@ -16,6 +16,9 @@ from verify.context import Context, eventually, expect
 from verify.lab import Entry, LabMachine
 from verify.report import Status
 
+KNOTC = ("knotc", "--socket", "/run/world-knot/knot.sock")
+"""Controls the name server of the world outside."""
+
 
 def expect_red(context: Context, identifier: str, words: str) -> None:
     """The check fails, and says ``words`` (a regular expression) of it."""
@@ -99,13 +102,13 @@ def _update(context: Context, zone: str, gone: tuple[Entry, ...], new: tuple[Ent
 def without_pointer(context: Context, reverse: str, zone: str) -> Iterator[None]:
     """Take a PTR record out of one of the world's own reverse zones."""
     world = context.lab.outside.machine
-    found = world.run(["knotc", "zone-read", zone, reverse, "PTR"]).stdout.split()
+    found = world.run([*KNOTC, "zone-read", zone, reverse, "PTR"]).stdout.split()
     ttl, target = found[2], found[4]
 
     def change(*words: str) -> None:
-        world.run(["knotc", "zone-begin", zone])
-        world.run(["knotc", *words])
-        world.run(["knotc", "zone-commit", zone])
+        world.run([*KNOTC, "zone-begin", zone])
+        world.run([*KNOTC, *words])
+        world.run([*KNOTC, "zone-commit", zone])
 
     change("zone-unset", zone, reverse, "PTR")
     try:
