@@ -5,6 +5,7 @@ First through the Automation API, as a rehearsal runs it, then with the plain co
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import os
@@ -195,7 +196,7 @@ def test_names_keys_and_policies_are_published_before_and_services_after(
 
 
 def public_halves(texts: str) -> Iterator[str]:
-    """The public keys of all RSA private keys in ``texts``, in OpenSSH's encoding."""
+    """The public keys of all RSA private keys in ``texts``, as OpenSSH and as DNS write them."""
     for pem in re.findall(r"-----BEGIN RSA PRIVATE KEY-----.*?-----END [^\n]*", texts, re.DOTALL):
         key = serialization.load_pem_private_key(pem.encode(), None)
         assert isinstance(key, RSAPrivateKey)
@@ -204,6 +205,10 @@ def public_halves(texts: str) -> Iterator[str]:
             .public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
             .decode()
         )
+        der = key.public_key().public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        yield base64.b64encode(der).decode()
 
 
 def test_no_secret_is_in_the_state_or_in_what_is_printed(created: Created) -> None:
