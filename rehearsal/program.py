@@ -381,9 +381,8 @@ class _Inside:
         try:
             act()
         except automation.CommandError as error:
-            if not watch.errors:
-                watch.errors.append(str(error).strip())
-            text = "\n".join(dict.fromkeys(watch.errors))
+            errors = watch.errors or str(error).strip().splitlines()[-10:]
+            text = "\n".join(dict.fromkeys(errors))
             raise RehearsalError(f"the engine failed:\n{text}") from error
 
     def _unlock(self, stack: automation.Stack) -> None:
