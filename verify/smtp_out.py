@@ -518,7 +518,7 @@ def late_mail_is_not_lost(ctx: Context) -> str:
                 missing = [m.recipient for m in mails if m.recipient not in waiting]
                 expect(not missing, f"not deferred: {', '.join(missing)}")
 
-            eventually(waits, seconds=30, what=f"mail to a remote that {words}", every=0.5)
+            eventually(waits, seconds=15, what=f"mail to a remote that {words}", every=0.5)
             early = [m.recipient for m in mails if world.mails("flaky", m.recipient)]
             expect(not early, f"delivered though the remote {words}: {', '.join(early)}")
         with world.behaving("flaky", "accept"):
