@@ -339,21 +339,40 @@ class _Inside:
     ) -> dict[str, Any]:
         stack = self.stack()
         self._unlock(stack)
+        interrupted = self._pending()
         if document is not None:
             self.configure(stack, document)
         urns = self._urns(stack, replace)
         with _Watch(self.progress, self.state.root / _LOG).running() as watch:
-            self._act(
-                lambda: stack.up(
-                    on_output=watch.write,
-                    on_event=watch.event,
-                    color="never",
-                    suppress_outputs=True,
-                    replace=urns or None,
-                ),
-                watch,
-            )
+            try:
+                self._act(
+                    lambda: stack.up(
+                        on_output=watch.write,
+                        on_event=watch.event,
+                        color="never",
+                        suppress_outputs=True,
+                        replace=urns or None,
+                    ),
+                    watch,
+                )
+            except RehearsalError as error:
+                if not interrupted:
+                    raise
+                raise RehearsalError(
+                    f"{error.message}\nAn earlier run was killed while it created "
+                    f"{', '.join(interrupted)}: what exists already is its work.",
+                    "run: make down, and then this again",
+                ) from error
         return {"changes": watch.changes}
+
+    def _pending(self) -> list[str]:
+        """What a killed engine was about to create, and perhaps did without noting it."""
+        path = self.state.folder("stack") / f".pulumi/stacks/{PROJECT}/{self.stack_name}.json"
+        if not path.exists():
+            return []
+        latest = json.loads(path.read_text(encoding="utf-8"))["checkpoint"].get("latest") or {}
+        pending = latest.get("pending_operations") or []
+        return [_label(p["resource"]["urn"]) for p in pending if p["type"] == "creating"]
 
     def preview(self) -> dict[str, Any]:
         stack = self.stack()
