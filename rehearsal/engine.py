@@ -246,15 +246,38 @@ def _build(cache: Path, progress: Progress) -> Engine:
         else:
             kept = cache / "go"
             kept.mkdir(exist_ok=True)
+            # This machine's authorities: its way to the modules may have one of its own.
+            authorities = Path(
+                os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt")
+            )
             image.run_on_golang(
                 [*script, "/mnt/modules", "/mnt/target"],
                 progress,
                 what,
                 cache=cache,
-                binds={"/mnt/modules": MODULES, "/mnt/target": target, "/mnt/go": kept},
-                variables={**variables, "GOPATH": "/mnt/go", "GOCACHE": "/mnt/go/build"},
+                binds={
+                    "/mnt/modules": MODULES,
+                    "/mnt/target": target,
+                    "/mnt/go": kept,
+                    "/mnt/authorities": authorities.parent,
+                },
+                variables={
+                    **variables,
+                    "GOPATH": "/mnt/go",
+                    "GOCACHE": "/mnt/go/build",
+                    "SSL_CERT_FILE": f"/mnt/authorities/{authorities.name}",
+                },
             )
-        return _keep(cache, "module", shop / "built")
+        engine = _keep(cache, "module", shop / "built")
+    if go is None:
+        _remove_modules(cache / "go")
+    return engine
+
+
+def _remove_modules(folder: Path) -> None:
+    """Remove the modules that were fetched; Go writes them without write permission."""
+    subprocess.run(["chmod", "-R", "u+w", str(folder)], check=False, capture_output=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _go() -> Path | None:
