@@ -61,7 +61,8 @@ def names_resolve_locally(ctx: Context) -> str:
             f"{machine.name}: that {missing} does not exist is not validated",
         )
 
-    each(machines, outside)
+    with ctx.lab.providers_resolver_cut_off():
+        each(machines, outside)
     names = _internal_names(ctx)
 
     def inside(machine: LabMachine) -> None:
@@ -84,7 +85,7 @@ def names_resolve_locally(ctx: Context) -> str:
         each(machines, inside)
     return (
         f"{len(machines)} hosts: {signed} validated, {bogus} refused, {unsigned} resolved, "
-        f"non-existence proved; {len({n for n, _, _ in names})} internal names resolve with the "
+        f"non-existence proved, all without a provider's resolver; {len({n for n, _, _ in names})} internal names resolve with the "
         "outside cut off"
     )
 

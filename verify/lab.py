@@ -596,10 +596,19 @@ class Lab:
         """No other command works on the rehearsal meanwhile."""
         return locked(cleanup.RUN / "lock", Progress(), "another command works on the rehearsal")
 
-    @contextmanager
-    def outside_cut_off(self) -> Iterator[None]:
+    def outside_cut_off(self) -> AbstractContextManager[None]:
         """Nothing reaches the world outside, and nothing comes from there."""
-        drops = [f'{way} "{network.INET}" drop' for way in ("iifname", "oifname")]
+        return self._dropping(f'{way} "{network.INET}"' for way in ("iifname", "oifname"))
+
+    def providers_resolver_cut_off(self) -> AbstractContextManager[None]:
+        """Nobody reaches the resolver that people on the internet ask."""
+        families = {4: "ip", 6: "ip6"}
+        return self._dropping(f"{families[a.version]} daddr {a}" for a in plan.RESOLVER)
+
+    @contextmanager
+    def _dropping(self, matches: Iterable[str]) -> Iterator[None]:
+        """What a router forwards between the networks and matches is lost."""
+        drops = [f"{match} drop" for match in matches]
         hook = "type filter hook forward priority filter - 10; policy accept"
         chain = "\n".join([hook, *drops])
         rules = f"table inet cut {{\nchain forward {{\n{chain}\n}}\n}}\n"

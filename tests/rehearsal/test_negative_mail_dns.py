@@ -30,7 +30,8 @@ def test_a_record_of_nobody_turns_dns_1_red(platform_up: Context) -> None:
 
 def test_a_changed_foreign_record_turns_dns_1_red(platform_up: Context) -> None:
     zone = platform_up.platform.domain
-    (foreign,) = (e for e in platform_up.lab.world.foreign_records(zone) if e.type == "TXT")
+    (known,) = (e for e in platform_up.lab.world.foreign_records(zone) if e.type == "TXT")
+    foreign = entry(platform_up, zone, zone, "TXT", containing=known.data)
     with changed_zone(platform_up, zone, without=(foreign,)):
         expect_red(platform_up, "DNS-1", f"zone {zone} lacks {zone}. TXT")
 
@@ -38,7 +39,8 @@ def test_a_changed_foreign_record_turns_dns_1_red(platform_up: Context) -> None:
 def test_a_second_spf_record_turns_dns_1_and_2_red(platform_up: Context) -> None:
     domain = platform_up.sending_domains[0]
     zone = platform_up.platform.domains[domain].dns_zone
-    second = Entry(f"{domain}.", "TXT", '"v=spf1 a -all"', 300)
+    first = entry(platform_up, zone, domain, "TXT", containing="v=spf1")
+    second = Entry(first.owner, "TXT", '"v=spf1 a -all"', first.ttl)
     with changed_zone(platform_up, zone, with_=(second,)):
         expect_red(platform_up, "DNS-1", f"{domain} has 2 SPF records")
         expect_red(platform_up, "DNS-2", f"{domain}: has 2 SPF records")
