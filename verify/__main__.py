@@ -67,7 +67,7 @@ def verify(options: argparse.Namespace) -> Report:
         Skipped: No rehearsal is up.
     """
     mode = Mode.LIVE if options.live else Mode.ALL if options.all else Mode.QUICK
-    only = expand(options.only)
+    only = expand(options.only, mode)
     chosen = checks.select(mode, only)
     if options.list:
         for check in chosen:
@@ -92,8 +92,8 @@ def verify(options: argparse.Namespace) -> Report:
     return report
 
 
-def expand(text: str) -> list[str]:
-    """Ids from ``--only``: a section stands for all its checks.
+def expand(text: str, mode: Mode = Mode.ALL) -> list[str]:
+    """Ids from ``--only``: a section stands for all its checks that suit a run of ``mode``.
 
     Raises:
         SelectionError: There is no such check or section.
@@ -101,6 +101,8 @@ def expand(text: str) -> list[str]:
     found: list[str] = []
     for word in text.replace(",", " ").split():
         section = [c.id for c in checks.all() if c.id.partition("-")[0] == word]
+        if mode is Mode.LIVE:
+            section = [i for i in section if checks[i].live]
         found += section or [checks[word].id]
     return found
 

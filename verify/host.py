@@ -85,8 +85,8 @@ def names_resolve_locally(ctx: Context) -> str:
         each(machines, inside)
     return (
         f"{len(machines)} hosts: {signed} validated, {bogus} refused, {unsigned} resolved, "
-        f"non-existence proved, all without a provider's resolver; {len({n for n, _, _ in names})} internal names resolve with the "
-        "outside cut off"
+        "non-existence proved, all without a provider's resolver; "
+        f"{len({n for n, _, _ in names})} internal names resolve with the outside cut off"
     )
 
 
