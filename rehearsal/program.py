@@ -59,12 +59,14 @@ def settings(
     deploy_key: tuple[str, str],
     certificates: Mapping[str, Mapping[str, str]],
     given: Mapping[str, str],
+    zone_ids: Mapping[str, str],
     project: Path = CHECKOUT,
 ) -> Settings:
     """The configuration of ``stack`` for a rehearsal.
 
     Plain values are those of ``Pulumi.<stack>.yaml``; its secrets are left out, also where they
     are part of an object. ``given`` are secrets by name (:mod:`mailsite.secret_names`).
+    ``zone_ids`` are the world's ids of all zones, for a stack that has no ids at all.
     """
     plain = {
         key: value if isinstance(value, str) else json.dumps(value)
@@ -72,6 +74,7 @@ def settings(
         if key not in ("mail:live", "mail:deployKey", "mail:certificates", "mail:secrets")
     }
     private, public = deploy_key
+    plain.setdefault("mail:zoneIds", json.dumps(dict(zone_ids)))
     plain["mail:rehearsal"] = str(overlay)
     plain["mail:deployPublicKey"] = f"{public} operator"
     return Settings(

@@ -45,13 +45,14 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def settings(project: Path) -> program.Settings:
+def settings(project: Path, stack: str = "pelican") -> program.Settings:
     return program.settings(
-        "pelican",
+        stack,
         overlay=Path("/rehearsal/world.yaml"),
         deploy_key=("throwaway private", "ssh-ed25519 throwaway"),
         certificates={"smtp-out.pelican.example": {"chain": "c", "key": "k"}},
         given={"sasl/someone": "{BLF-CRYPT}x"},
+        zone_ids={"pelican.example": "f" * 32, "tern.example": "e" * 32},
         project=project,
     )
 
@@ -68,6 +69,13 @@ def test_plain_values_pass_unchanged(project: Path) -> None:
     assert found.plain["mail:site"] == "sites/pelican"
     assert json.loads(found.plain["mail:zoneIds"]) == {
         "pelican.example": "0123456789abcdef0123456789abcdef"
+    }
+
+
+def test_a_stack_without_zone_ids_gets_the_worlds(project: Path) -> None:
+    assert json.loads(settings(project, "tern").plain["mail:zoneIds"]) == {
+        "pelican.example": "f" * 32,
+        "tern.example": "e" * 32,
     }
 
 
