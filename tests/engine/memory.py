@@ -31,7 +31,8 @@ class World:
     """Everything outside of the engine.
 
     ``failing``: names of commands whose host refuses, with what it says. ``broken``: domains
-    that do not start.
+    that do not start. ``slow``: domains that start when their event is set; they are in
+    ``starting`` until then.
     """
 
     uris: Mapping[str, str] = field(default_factory=dict)
@@ -42,6 +43,8 @@ class World:
     served: dict[tuple[str, Data], int] = field(default_factory=dict)
     failing: dict[str, str] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
+    slow: dict[str, threading.Event] = field(default_factory=dict)
+    starting: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def copy(self) -> World:
@@ -73,6 +76,9 @@ class Hypervisors:
     def start(self, hypervisor: str, domain: Domain) -> None:
         if domain.name in self._world.broken:
             raise ProviderError("error creating libvirt domain: internal error: it is broken")
+        if domain.name in self._world.slow:
+            self._world.starting.add(domain.name)
+            assert self._world.slow[domain.name].wait(30)
         self._world.note(f"start {domain.name}")
         with self._world.lock:
             self._world.domains[domain.name] = domain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -192,11 +191,7 @@ class Project:
 
 
 def _let_program_end() -> None:
-    """Wait for a program that the engine gave up: it still says so, in a thread of its own.
-
-    What is left of it complains when it is collected; if that happened while Python parses
-    something, the parser would fail (a fault of CPython 3.11). So it is collected here.
-    """
+    """Wait for a program that the engine gave up: it still says so, in a thread of its own."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and any(
         Path(frame.filename).name == "_server.py" and "automation" in frame.filename
@@ -204,11 +199,6 @@ def _let_program_end() -> None:
         for frame in traceback.StackSummary.extract(traceback.walk_stack(stack), lookup_lines=False)
     ):
         time.sleep(0.01)
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        gc.collect()
-    finally:
-        sys.unraisablehook = hook
 
 
 def _text(value: Any) -> str:

@@ -7,7 +7,11 @@ that waits for the member before it, and a push of its configuration that is rep
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +21,8 @@ import pulumi_libvirt as libvirt
 import pytest
 
 from rehearsal.engine import Engine
+from rehearsal.progress import wait_for
+from rehearsal.state import children
 
 from .memory import World
 from .project import Outcome, Program, Project, Step
@@ -199,6 +205,23 @@ def test_a_protected_data_volume_is_not_replaced(cluster: Project) -> None:
     assert not any(line.startswith(("delete", "destroy")) for line in outcome.journal)
 
 
+def test_a_refresh_finds_everything_as_it_was_left(cluster: Project) -> None:
+    outcome = cluster.refresh(Cluster().program())
+    assert outcome.ok, outcome.error
+    assert cluster.up(Cluster().program()).steps == []
+    assert cluster.world.journal == []
+
+
+def test_a_machine_that_was_switched_off_is_started_again_after_a_refresh(
+    cluster: Project,
+) -> None:
+    del cluster.world.domains["b"]
+    assert cluster.refresh(Cluster().program()).ok
+    outcome = cluster.up(Cluster().program())
+    assert outcome.ok, outcome.error
+    assert outcome.journal == ["start b"]
+
+
 def test_an_unprotected_data_volume_would_be_lost(cluster: Project) -> None:
     """What the test above guards against: without protection the volume goes."""
     cluster.up(Cluster(protected=False).program())
@@ -220,6 +243,33 @@ def test_an_output_that_flows_between_members_takes_all_of_them_down_at_once(
         project.close()
     changes = [line.split()[0] for line in outcome.journal if "run" not in line]
     assert changes[:4] == ["destroy", "destroy", "destroy", "start"]
+
+
+def test_a_killed_run_is_finished_by_the_next(engine: Engine, tmp_path: Path) -> None:
+    world = World(uris={"hypervisor": URI}, slow={"b": threading.Event()})
+    project = Project(tmp_path, engine, world)
+    try:
+        with ThreadPoolExecutor() as pool:
+            run = pool.submit(project.up, Cluster().program())
+            wait_for(lambda: "b" in world.starting, timeout=30, what="b to be started")
+            [pid] = [pid for pid in children(os.getpid()) if is_engine(pid)]
+            os.kill(pid, signal.SIGKILL)
+            assert not run.result().ok
+        world.slow.pop("b").set()
+        wait_for(lambda: "destroy b" in world.journal, timeout=10, what="b to be undone")
+        project.select(Cluster().program()).cancel()  # takes the dead engine's lock away
+        outcome = project.up(Cluster().program())
+    finally:
+        project.close()
+    assert outcome.ok, outcome.error
+    assert of_members(outcome.journal) == [
+        *("start b", "run b-push: apply"),
+        *("start c", "run c-push: apply"),
+    ]
+
+
+def is_engine(pid: int) -> bool:
+    return Path(f"/proc/{pid}/comm").read_text().strip() == "pulumi"
 
 
 def test_a_follower_of_a_replacement_needs_a_provider_of_its_own(

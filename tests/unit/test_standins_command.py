@@ -137,7 +137,8 @@ def listening(port: int = 0) -> Iterator[Sshd]:
             rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
             for task in rest:
                 task.cancel()
-            await asyncio.gather(*rest, return_exceptions=True)
+            if rest:
+                await asyncio.wait(rest, timeout=1)
 
         asyncio.run_coroutine_threadsafe(stop(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
