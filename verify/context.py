@@ -30,19 +30,17 @@ SUBMISSION_PROXY = 10587
 
 @dataclass(frozen=True)
 class Probe:
-    """An account that checks log in with, and where its mail goes.
+    """An account that checks log in with.
 
     Attributes:
         user: SASL user.
         password: Its password.
         sender: Address that it sends as.
-        mailbox: A live platform's mailbox outside; empty in a rehearsal.
     """
 
     user: str
     password: str = field(repr=False)
     sender: str
-    mailbox: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,8 +95,7 @@ class Context:
         """
         if self.given_probe is None:
             raise Skipped(
-                "no probe account: name one in the site data and give its password "
-                "with --probe-password-file"
+                "no probe account: give --probe-user, --probe-sender and --probe-password-file"
             )
         return self.given_probe
 
