@@ -37,6 +37,9 @@ case "$key" in
 ssh-ed25519\ * | ecdsa-sha2-*\ * | ssh-rsa\ * | sk-*\ *) ;;
 *) echo "bootstrap.sh: '$key' is no public key; give the text of your .pub file" >&2; exit 1 ;;
 esac
+case "$login" in
+*[!a-z0-9_-]* | [!a-z_]* | "") echo "bootstrap.sh: '$login' is no name of a login" >&2; exit 1 ;;
+esac
 if [ "$(id -u)" != 0 ]; then
     echo "bootstrap.sh: run it as root" >&2
     exit 1
@@ -55,7 +58,7 @@ install -d -m 0700 -o "$login" -g "$login" "$home/.ssh"
 if ! grep -qxF "$key" "$home/.ssh/authorized_keys" 2>/dev/null; then
     echo "$key" >>"$home/.ssh/authorized_keys"
 fi
-chown "$login:$login" "$home/.ssh/authorized_keys"
+chown -h "$login:$login" "$home/.ssh/authorized_keys"
 chmod 0600 "$home/.ssh/authorized_keys"
 
 rule="$(mktemp)"

@@ -311,6 +311,7 @@ class Service:
     reload_on: tuple[str, ...]
     restart_on: tuple[str, ...]
     order: int
+    foreign: bool
 
 
 @dataclass(frozen=True)
@@ -428,6 +429,7 @@ class Bundle:
                                 tuple(s["reload_on"]),
                                 tuple(s["restart_on"]),
                                 int(s["order"]),
+                                bool(s.get("foreign", False)),
                             )
                             for s in document["services"]
                         ),
@@ -729,6 +731,7 @@ class Store:
         self.system = system
         self.folder = system.state
         self.transaction = Transaction(system)
+        self.awaited = ""
 
     def ready(self) -> None:
         for folder in (self.folder, *(self.folder / n for n in ("incoming", "runs", "secrets"))):
@@ -795,10 +798,10 @@ class Store:
         self.forget_secrets()
 
     def forget_secrets(self) -> None:
-        """Remove staged secrets that are not those of the active generation."""
-        kept = str(self.active()["secrets"])
+        """Remove staged secrets, but for the active generation's and those of this run."""
+        kept = {str(self.active()["secrets"]), self.awaited}
         for path in (self.folder / "secrets").glob("*.json"):
-            if path.stem != kept:
+            if path.stem not in kept:
                 path.unlink()
 
     def secrets_path(self, label: str) -> Path:
@@ -1217,6 +1220,16 @@ class Services:
                 self._systemctl("disable", "--quiet", unit)
             self._systemctl("stop", unit, seconds=START_SECONDS)
 
+    def hand_back(self, units: Sequence[str]) -> None:
+        """Let units that stay the operator's go on without our files.
+
+        Raises:
+            Unhealthy: systemd could not.
+        """
+        for unit, state in self.states(units).items():
+            if state["active"] in _RUNNING:
+                self._act("reload" if state["can_reload"] == "yes" else "restart", unit, [])
+
     def bring(self, services: Sequence[Service], changed: Sequence[str]) -> Touched:
         """Start, reload or restart what ``changed`` paths call for.
 
@@ -1490,6 +1503,7 @@ class Agent:
             AgentError: it was refused or taken back; the machine is as it was.
         """
         bundle = Bundle.parse(text)
+        self.store.awaited = label
         self.settle(confirm=True)
         wanted = dict(bundle.files) | self._secret_files(bundle, label)
         self._hide(wanted)
@@ -1501,6 +1515,7 @@ class Agent:
         manifest = self._manifest(bundle, label, wanted, active)
         units = [s.unit for s in bundle.services]
         lost = [unit for unit in active["services"] if unit not in units]
+        foreign = [unit for unit in lost if unit in active.get("foreign", ())]
         if not changed and not gone and not maps and not lost:
             return self._unchanged(bundle, manifest, active)
         outputs = self._validate(bundle, wanted, changed, gone, maps)
@@ -1518,8 +1533,9 @@ class Agent:
             self.store.transaction.prepare(identity, operations, content, states, manifest)
             for path in paths:
                 self.say(f"{'removing' if path in gone else 'writing'} {path}")
-            self.services.retire(lost)
+            self.services.retire([unit for unit in lost if unit not in foreign])
             self.store.transaction.switch()
+            self.services.hand_back(foreign)
             touched = self.services.bring(bundle.services, paths)
             restarted = len(touched.restarted) + len(touched.started)
             self.health.wait(bundle.health, self.services, STEADY_SECONDS if restarted else 0.0)
@@ -1582,6 +1598,7 @@ class Agent:
             "secrets": label,
             "files": {path: file.entry() for path, file in wanted.items()},
             "services": [s.unit for s in bundle.services],
+            "foreign": [s.unit for s in bundle.services if s.foreign],
         }
 
     def _unchanged(
@@ -1912,20 +1929,23 @@ def run_unit(system: System, identity: str, label: str, lockout: int) -> int:
     return code
 
 
-def confirm(system: System, store: Store, expected: str) -> int:
-    """Confirm what is pending; ``expected`` is the digest of the bundle that should be active."""
+def confirm(system: System, store: Store, expected: str, label: str) -> int:
+    """Confirm what is pending.
+
+    ``expected`` is the digest of the bundle that should be active, ``label`` that of its secrets.
+    """
     agent = Agent(system, print)
     with store.locked(print):
         pending = store.pending()
         if pending is not None:
             agent.confirm_pending(pending)
-        active = str(store.active()["bundle"])
-    if not expected or active == expected:
+        active = store.active()
+    if not expected or (active["bundle"], active["secrets"]) == (expected, label):
         if pending is None:
             print("nothing to confirm")
         return 0
-    text, label = store.last_push()
-    if digest(text.encode()) != expected:
+    text, pushed = store.last_push()
+    if (digest(text.encode()), pushed) != (expected, label):
         raise AgentError(
             "the configuration to confirm is not the active one, and its push is gone;"
             " push it again: pulumi up --target-replace with this host's -config resource"
@@ -1966,8 +1986,16 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("stage-secrets", help="keep secrets from standard input, inactive")
     apply = commands.add_parser("apply", help="make the bundle on standard input active")
     apply.add_argument("--secrets", default="", metavar="DIGEST", help="staged secrets to activate")
+    apply.add_argument(
+        "--lockout",
+        type=int,
+        default=LOCKOUT_SECONDS,
+        metavar="SECONDS",
+        help="time to confirm a guarded change in (default: %(default)s)",
+    )
     agree = commands.add_parser("confirm", help="disarm the lock-out timer of a guarded change")
     agree.add_argument("token", nargs="?", default="")
+    agree.add_argument("--secrets", default="", metavar="DIGEST", help="secrets to be active")
     commands.add_parser("drift", help="list what differs from the active generation")
     commands.add_parser("status", help="show the active generation, as JSON")
     recover = commands.add_parser("recover", help="undo or complete an interrupted change")
@@ -2035,15 +2063,16 @@ def main(arguments: Sequence[str]) -> int:
                 print(f"staged {agent.stage_secrets(text)[:12]}")
             return 0
         case "apply":
-            return follow(system, store, stdin_text(), options.secrets, LOCKOUT_SECONDS)
+            return follow(system, store, stdin_text(), options.secrets, max(1, options.lockout))
         case "confirm":
             if not options.token:
                 tty = sys.stdin is None or sys.stdin.isatty()
-                return confirm(system, store, "" if tty else stdin_text().strip())
+                expected = "" if tty else stdin_text().strip()
+                return confirm(system, store, expected, options.secrets)
             pending = store.pending()
             if pending is None or pending["transaction"] != options.token:
                 raise AgentError(f"{options.token} is not what waits to be confirmed")
-            return confirm(system, store, "")
+            return confirm(system, store, "", "")
         case "drift":
             with store.locked(agent.say):
                 found = agent.drift()

@@ -4,7 +4,8 @@
 2. ``<host>-config`` hands over the public files and activates both. It names the digest that it
    expects as an argument: its document is made of site data alone, so that every preview knows
    it and shows the change of each file line by line, also while a secret is still unknown.
-3. ``<host>-confirm`` is a second connection, which proves that the host can still be reached.
+3. ``<host>-confirm`` is a second connection, which proves that the host can still be reached;
+   it names the digest too, so that it runs again when only a secret changed.
    Without it the agent takes back a change of firewall, sshd or addresses.
 
 Health checks are part of the second command's exit code: a gate that failed is tried again by
@@ -59,9 +60,10 @@ class ConfigPush(pulumi.ComponentResource):
         before = list(args.after)
         if args.machine is not None:
             before.append(args.machine)
-        apply: pulumi.Input[str] = f"sudo -n {AGENT} apply"
+        label: pulumi.Output[str] | None = None
         if args.secrets:
             secret = self._secret_document()
+            label = digest_of(secret)
             # A new machine answers before cloud-init has brought the agent.
             wait = "cloud-init status --wait >/dev/null 2>&1; " if args.machine else ""
             staged = self._command(
@@ -72,11 +74,12 @@ class ConfigPush(pulumi.ComponentResource):
                 logging=remote.Logging.NONE,
             )
             before = [staged]
-            apply = digest_of(secret).apply(lambda d: f"sudo -n {AGENT} apply --secrets {d}")
-        config = self._command(f"{name}-config", apply, stdin=public, depends_on=before)
+        config = self._command(
+            f"{name}-config", _agent("apply", label), stdin=public, depends_on=before
+        )
         self.done = self._command(
             f"{name}-confirm",
-            f"sudo -n {AGENT} confirm",
+            _agent("confirm", label),
             stdin=hashlib.sha256(public.encode()).hexdigest(),
             depends_on=[config],
         )
@@ -120,6 +123,12 @@ class ConfigPush(pulumi.ComponentResource):
                 custom_timeouts=pulumi.CustomTimeouts(create="30m", update="30m"),
             ),
         )
+
+
+def _agent(command: str, label: pulumi.Output[str] | None) -> pulumi.Input[str]:
+    """The line that runs the agent; ``label`` names the secrets that it shall find staged."""
+    line = f"sudo -n {AGENT} {command}"
+    return line if label is None else label.apply(lambda digest: f"{line} --secrets {digest}")
 
 
 def sealed_json(host: str, files: Mapping[str, File], key: str) -> str:

@@ -524,8 +524,8 @@ def test_an_unguarded_change_is_active_at_once(host: Host) -> None:
     assert host.active()["generation"] == 1
 
 
-def confirm(host: Host, expected: str = "") -> int:
-    return mail_agent.confirm(host.system, host.agent.store, expected)
+def confirm(host: Host, expected: str = "", label: str = "") -> int:
+    return mail_agent.confirm(host.system, host.agent.store, expected, label)
 
 
 def test_confirming_makes_it_active(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
@@ -598,6 +598,32 @@ def test_confirming_another_configuration_is_refused(host: Host) -> None:
     host.apply(guarded("one"))
     with pytest.raises(AgentError, match="push it again: pulumi up"):
         confirm(host, "0" * 64)
+
+
+def test_secrets_that_were_taken_back_are_not_taken_for_confirmed(host: Host) -> None:
+    text = guarded("one")
+    host.apply(text)
+    confirm(host)
+    host.agent.store.remember_push(text, "")
+    with pytest.raises(AgentError, match="not the active one"):
+        confirm(host, mail_agent.digest(text.encode()), LABEL)
+
+
+def test_secrets_staged_while_a_generation_waits_are_kept(host: Host) -> None:
+    host.apply(guarded("one"))
+    host.agent.stage_secrets(secret_bundle({KEY: "x\n"}))
+    host.apply(guarded("two", secret_paths=[KEY]), LABEL)
+    assert live(host, KEY) == "x\n"
+
+
+def test_a_unit_of_the_operator_goes_on_when_our_files_leave(host: Host) -> None:
+    host.system.units["nginx.service"] = Unit()
+    ours = service("nginx.service", [MAIN]) | {"foreign": True}
+    host.apply(bundle({MAIN: "a\n"}, services=[ours]))
+    host.system.calls.clear()
+    host.apply(bundle({}))
+    assert not (host.root / MAIN[1:]).exists()
+    assert host.system.verbs() == ["reload nginx.service"]
 
 
 def test_a_timer_that_cannot_be_armed_takes_the_change_back(host: Host) -> None:
