@@ -49,22 +49,20 @@ def test_the_second_time_it_is_not_got_again(found: engine.Engine) -> None:
     assert not lines
 
 
-def test_the_pinned_modules_are_tidy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["pulumi", "language"])
+def test_the_pinned_modules_are_tidy(name: str, tmp_path: Path) -> None:
     go = engine._go()
     if go is None:
         pytest.skip("no Go here that is new enough")
-    for name in ("pulumi", "language"):
-        folder = tmp_path / name
-        folder.mkdir()
-        for path in (engine.MODULES / name).iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
-        done = subprocess.run(
-            [str(go), "mod", "verify"],
-            cwd=folder,
-            env={**tools.environment(GOFLAGS="-mod=readonly"), "GOTOOLCHAIN": "auto"},
-            capture_output=True,
-            text=True,
-        )
-        if "dial tcp" in done.stderr:
-            pytest.skip("the Go module proxy cannot be reached")
-        assert done.returncode == 0, done.stderr
+    for path in (engine.MODULES / name).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    done = subprocess.run(
+        [str(go), "mod", "tidy", "-diff"],
+        cwd=tmp_path,
+        env=tools.environment(GOTOOLCHAIN="local", GOPROXY="off"),
+        capture_output=True,
+        text=True,
+    )
+    if "GOPROXY=off" in done.stderr or "go.mod requires go" in done.stderr:
+        pytest.skip("the modules are not in this machine's module cache")
+    assert done.returncode == 0, done.stdout + done.stderr
