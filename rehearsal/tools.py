@@ -28,7 +28,6 @@ TOOLS: Mapping[str, str] = {
     "losetup": "mount",
     "mount": "mount",
     "mkfs.ext4": "e2fsprogs",
-    "zstd": "zstd",
 }
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
