@@ -31,6 +31,10 @@ class SettingsError(ValueError):
     """The stack's configuration is wrong or incomplete. The text says which command mends it."""
 
 
+#: The providers that a rehearsal must stand in for; the others may be real ones there too.
+_STAND_INS = {"libvirt", "cloudflare"}
+
+
 @dataclass(frozen=True)
 class Settings:
     """The configuration of one stack.
@@ -86,12 +90,25 @@ class Settings:
     def refuse_up_unless_live(self) -> None:
         """Stop an update that would reach for real hosts which nobody meant to touch.
 
-        Previews pass: they contact no host. Rehearsals pass: they have hosts of their own.
+        Previews pass: they change nothing. Rehearsals pass where the engine is attached to their
+        stand-ins, so that no real hypervisor and no real DNS can be reached.
 
         Raises:
             SettingsError: this is an update and the stack is neither live nor a rehearsal.
         """
-        if pulumi.runtime.is_dry_run() or self.rehearsal is not None:
+        if pulumi.runtime.is_dry_run():
+            return
+        if self.rehearsal is not None:
+            attached = {
+                provider.partition(":")[0]
+                for provider in os.environ.get("PULUMI_DEBUG_PROVIDERS", "").split(",")
+            }
+            if not attached >= _STAND_INS:
+                raise SettingsError(
+                    f"stack {pulumi.get_stack()!r} has mail:rehearsal set, but the engine is not"
+                    " attached to the rehearsal's stand-ins; run: make rehearsal, or for real"
+                    " hosts: pulumi config rm mail:rehearsal"
+                )
             return
         if not self.live:
             raise SettingsError(

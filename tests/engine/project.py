@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from pulumi import automation
 from pulumi.automation.events import EngineEvent, OpType
@@ -122,12 +123,21 @@ class Project:
             secrets=self._secrets,
         )
 
+    def _attached(self, program: Program) -> Program:
+        """``program``, which runs in this process, in the environment that the engine has."""
+
+        def run() -> None:
+            with mock.patch.dict(os.environ, self.environment):
+                program()
+
+        return run
+
     def select(self, program: Program) -> automation.Stack:
         """The stack with ``program`` as its program."""
         stack = automation.create_or_select_stack(
             self.stack_name,
             project_name=self.name,
-            program=program,
+            program=self._attached(program),
             opts=automation.LocalWorkspaceOptions(
                 work_dir=str(self.folder / "work"),
                 env_vars=self.environment,

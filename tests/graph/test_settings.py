@@ -75,11 +75,27 @@ def test_a_preview_without_certificates_has_the_resources_of_an_update() -> None
     assert set(bare.registrations) == set(build(config).registrations)
 
 
+@pytest.fixture
+def attached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PULUMI_DEBUG_PROVIDERS", "libvirt:1,cloudflare:2,command:3")
+
+
+@pytest.mark.usefixtures("attached")
 def test_a_rehearsal_needs_no_live_stack(overlay: Callable[[Mapping[str, Any]], str]) -> None:
     config = without(live_config("example"), "live") | {"rehearsal": overlay({})}
     assert build(config).of_type(COMMAND)
 
 
+@pytest.mark.parametrize("providers", ["", "command:3", "libvirt:1,command:3"])
+def test_a_rehearsal_that_is_not_attached_to_its_stand_ins_is_refused(
+    overlay: Callable[[Mapping[str, Any]], str], monkeypatch: pytest.MonkeyPatch, providers: str
+) -> None:
+    monkeypatch.setenv("PULUMI_DEBUG_PROVIDERS", providers)
+    text = refusal(live_config("example") | {"rehearsal": overlay({})})
+    assert "not attached to the rehearsal's stand-ins" in text
+
+
+@pytest.mark.usefixtures("attached")
 def test_existing_machines_of_a_rehearsal_have_keys_of_their_own(
     overlay: Callable[[Mapping[str, Any]], str],
 ) -> None:
