@@ -278,19 +278,24 @@ class Machine:
         """Run a command in the machine as root, with its own environment, not the caller's.
 
         Raises :class:`MachineError` with what the command said when ``check`` is true and it
-        fails, and when the machine does not run.
+        fails, when it takes more than ``timeout`` seconds, and when the machine does not run.
         """
         text = input.decode() if isinstance(input, bytes) else input
-        done = subprocess.run(
-            [*self.entrance(), *argv],
-            input=text,
-            stdin=subprocess.DEVNULL if text is None else None,
-            text=True,
-            errors="replace",
-            capture_output=True,
-            timeout=timeout,
-            env={"PATH": _PATH},
-        )
+        try:
+            done = subprocess.run(
+                [*self.entrance(), *argv],
+                input=text,
+                stdin=subprocess.DEVNULL if text is None else None,
+                text=True,
+                errors="replace",
+                capture_output=True,
+                timeout=timeout,
+                env={"PATH": _PATH},
+            )
+        except subprocess.TimeoutExpired:
+            raise MachineError(
+                f"{self.name}: {' '.join(argv)}: not done after {timeout} s"
+            ) from None
         if check and done.returncode != 0:
             said = (done.stderr.strip() or done.stdout.strip())[-2000:]
             raise MachineError(f"{self.name}: {' '.join(argv)}: exit {done.returncode}: {said}")

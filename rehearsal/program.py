@@ -286,7 +286,8 @@ class _Inside:
 
         folder = _folder(self.state)
         text = (CHECKOUT / "Pulumi.yaml").read_text(encoding="utf-8")
-        write_atomic(folder / "Pulumi.yaml", text)
+        # `main` is for the plain command line, which looks for the program there.
+        write_atomic(folder / "Pulumi.yaml", f"{text.rstrip()}\nmain: {CHECKOUT}\n")
         # The Automation API wants the engine at bin/pulumi below a folder.
         root = self.state.folder("engine")
         link = root / "bin/pulumi"
