@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +26,7 @@ from rehearsal.standins.base import (
 from rehearsal.standins.server import PORTS, Context, start_all
 from rehearsal.standins.store import Store
 from rehearsal.standins.values import Properties, Secret, from_struct, has_secret, to_struct
+from rehearsal.state import CHECKOUT
 from tests.engine.client import Client, Refused, connected, connection, urn
 from tests.engine.memory import Hosts, Hypervisors, World, Zones
 
@@ -151,3 +154,17 @@ def test_all_serve_and_their_ports_are_written_while_they_do(tmp_path: Path) -> 
     finally:
         servers.stop()
     assert not (tmp_path / PORTS).exists()
+
+
+def test_they_do_not_start_outside_the_sealed_network(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rehearsal.standins", f"--state={tmp_path}"],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert "rehearsal.standins: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
