@@ -13,7 +13,8 @@ Copy the folder agent/ to the machine and run it there as root, for instance:
 
 It installs python3 and sudo where they are missing, and makes
   the login NAME (default: deploy), which PUBLIC_KEY may use
-  /etc/sudoers.d/mail-agent             that login may run the agent as root, and nothing else
+  /etc/sudoers.d/mail-agent             that login may run the agent as root; the agent
+                                        writes what it is told, so the key is as good as root
   /usr/local/sbin/mail-agent            the agent
   /etc/systemd/system/mail-agent-recover.service   undoes an interrupted change at boot
 TEXT
