@@ -226,7 +226,7 @@ def _is_no_relay(ctx: Context, door: Door, port: int) -> None:
     preamble = _proxy_header(source, door.address) if port == SUBMISSION_PROXY else b""
     try:
         session = Session(
-            door.client, door.address, port, say=ctx.say, preamble=preamble, timeout=3.0
+            door.client, door.address, port, say=ctx.say, preamble=preamble, timeout=10.0
         )
     except OSError:
         expect(
