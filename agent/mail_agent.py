@@ -44,7 +44,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -603,6 +603,7 @@ class Transaction:
                 os.fsync(parent)
         for operation in operations:
             self._stage(operation, content.get(operation.path, b""))
+        self._sync(o.path for o in operations)
         write_json(self.folder / "journal.json", journal | {"ready": True})
 
     def _stage(self, operation: Operation, content: bytes) -> None:
@@ -630,7 +631,15 @@ class Transaction:
                     os.fchown(stream.fileno(), uid, gid)
                     os.fchmod(stream.fileno(), int(operation.new["mode"], 8))
                     os.fsync(stream.fileno())
-            os.fsync(folder)
+
+    def _sync(self, paths: Iterable[str]) -> None:
+        """Bring the folders of ``paths`` to disk."""
+        for folder in sorted({str(Path(path).parent) for path in paths}):
+            with (
+                contextlib.suppress(FileNotFoundError),
+                opened(self.system.root, f"{folder.rstrip('/')}/.") as (handle, _),
+            ):
+                os.fsync(handle)
 
     def _missing_folders(self, path: str) -> Iterator[str]:
         folder = Path(path).parent
@@ -647,13 +656,14 @@ class Transaction:
 
     def switch(self) -> None:
         """Put the new files in place."""
-        for row in self.journal()["operations"]:
+        rows = self.journal()["operations"]
+        for row in rows:
             with opened(self.system.root, row["path"]) as (folder, name):
                 if row["new"] is None:
                     remove(name, folder)
                 else:
                     os.rename(beside(name, NEW), name, src_dir_fd=folder, dst_dir_fd=folder)
-                os.fsync(folder)
+        self._sync(row["path"] for row in rows)
 
     def undo(self) -> None:
         """Put back what lay there: content, owner, mode, links, and absence.
@@ -666,6 +676,7 @@ class Transaction:
         for row in reversed(journal["operations"]):
             with contextlib.suppress(FileNotFoundError):
                 self._put_back(row, journal["ready"])
+        self._sync(row["path"] for row in journal["operations"])
         for folder in reversed(journal["folders"]):
             with contextlib.suppress(OSError):
                 self.system.live(folder).rmdir()
@@ -684,7 +695,6 @@ class Transaction:
                 # Renaming one link of a file to another does nothing, and says it did.
             remove(old, folder)
             remove(new, folder)
-            os.fsync(folder)
 
     def _mount(self, points: Sequence[str]) -> None:
         """Make sure of the file systems that hold the files: early at boot they may be missing."""
@@ -696,14 +706,15 @@ class Transaction:
 
     def finish(self) -> None:
         """Forget what lay there before, after the commit."""
-        for row in self.journal()["operations"]:
+        rows = self.journal()["operations"]
+        for row in rows:
             with (
                 contextlib.suppress(FileNotFoundError),
                 opened(self.system.root, row["path"]) as (folder, name),
             ):
                 remove(beside(name, OLD), folder)
                 remove(beside(name, NEW), folder)
-                os.fsync(folder)
+        self._sync(row["path"] for row in rows)
         self.discard()
 
     def abandon(self) -> None:
@@ -1538,7 +1549,9 @@ class Agent:
             self.services.hand_back(foreign)
             touched = self.services.bring(bundle.services, paths)
             restarted = len(touched.restarted) + len(touched.started)
-            self.health.wait(bundle.health, self.services, STEADY_SECONDS if restarted else 0.0)
+            # A reload takes effect after systemctl has answered.
+            steady = STEADY_SECONDS if restarted or touched.reloaded else 0.0
+            self.health.wait(bundle.health, self.services, steady)
             if guarded:
                 self._arm(identity, lockout)
                 self.store.transaction.set_pending()
@@ -1842,12 +1855,12 @@ def follow(system: System, store: Store, text: str, label: str, lockout: int) ->
     folder = store.new_run()
     write_file(folder / "bundle.json", text.encode())
     write_file(folder / "log", b"")
-    agent = Path(__file__).resolve()
+    program = Path(__file__).resolve()
     offered = bundle.files.get(AGENT_PATH)
-    if offered is not None and offered.content != agent.read_bytes():
-        agent = folder / "mail-agent"
-        write_file(agent, offered.content, 0o700)
-        tested = system.run([sys.executable, "-IB", str(agent), "--self-test"], timeout=30)
+    if offered is not None and offered.content != program.read_bytes():
+        program = folder / "mail-agent"
+        write_file(program, offered.content, 0o700)
+        tested = system.run([sys.executable, "-IB", str(program), "--self-test"], timeout=30)
         if tested.code != 0:
             shutil.rmtree(folder)
             words = (tested.err or tested.out).strip()
@@ -1860,17 +1873,24 @@ def follow(system: System, store: Store, text: str, label: str, lockout: int) ->
             "--description=Apply a configuration of the mail platform",
             "--property=SyslogIdentifier=mail-agent",
             # When the run is killed, this undoes what it left.
-            f"--property=ExecStopPost={sys.executable} -IB {agent} _ended",
-            sys.executable, "-IB", str(agent), "_run", folder.name, label or "-", str(lockout),
+            f"--property=ExecStopPost={sys.executable} -IB {program} _ended",
+            sys.executable, "-IB", str(program), "_run", folder.name, label or "-", str(lockout),
         ]
     )  # fmt: skip
     if started.code != 0:
         raise AgentError(f"systemd-run: {started.err.strip()}")
-    return watch(system, folder, unit)
+    code = watch(system, folder, unit)
+    if code is None:
+        # systemd has called the agent to undo it, but that may have been killed along with it.
+        agent = Agent(system, print)
+        with store.locked(agent.say):
+            ended = agent.settle() or "nothing is left of it"
+        raise AgentError(f"the run was killed; {ended}; see the journal of {unit}")
+    return code
 
 
-def watch(system: System, folder: Path, unit: str) -> int:
-    """Print a run's log until it ends. Returns its exit code."""
+def watch(system: System, folder: Path, unit: str) -> int | None:
+    """Print a run's log until it ends. Returns its exit code, None when it was killed."""
     asked = time.monotonic()
     died = False
     with (folder / "log").open(encoding="utf-8", errors="replace") as log:
@@ -1881,10 +1901,7 @@ def watch(system: System, folder: Path, unit: str) -> int:
             if ended:
                 return int(read_json(folder / "result")["code"])
             if died:
-                print(
-                    f"mail-agent: the run was killed; what it did is undone; see {unit}'s journal"
-                )
-                return EXIT_ERROR
+                return None
             if time.monotonic() - asked > 1:
                 state = system.run(["systemctl", "is-active", f"{unit}.service"]).out.strip()
                 died = state not in ("active", "activating", "deactivating")
