@@ -273,6 +273,9 @@ server:
     cache-max-ttl: 1
     cache-max-negative-ttl: 1
     infra-host-ttl: 1
+    # A chain of trust that expires while it is built is built anew, and short chains expire less.
+    val-bogus-ttl: 1
+    qname-minimisation: no
     aggressive-nsec: no
     num-threads: 1
 remote-control:
