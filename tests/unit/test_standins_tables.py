@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -28,17 +30,17 @@ from rehearsal.standins.values import (
     to_struct,
 )
 
-SDK: dict[type[Resource], tuple[str, str]] = {
-    DnsRecord: ("pulumi_cloudflare.dns_record", "DnsRecord"),
-    RemoteCommand: ("pulumi_command.remote.command", "Command"),
-    VolumeResource: ("pulumi_libvirt.volume", "Volume"),
-    CloudInitDisk: ("pulumi_libvirt.cloud_init_disk", "CloudInitDisk"),
-    DomainResource: ("pulumi_libvirt.domain", "Domain"),
-    RandomString: ("pulumi_random.random_string", "RandomString"),
-    RandomPassword: ("pulumi_random.random_password", "RandomPassword"),
-    RandomBytes: ("pulumi_random.random_bytes", "RandomBytes"),
-    RandomId: ("pulumi_random.random_id", "RandomId"),
-    PrivateKey: ("pulumi_tls.private_key", "PrivateKey"),
+SDK: dict[type[Resource], str] = {
+    DnsRecord: "pulumi_cloudflare.DnsRecord",
+    RemoteCommand: "pulumi_command.remote.Command",
+    VolumeResource: "pulumi_libvirt.Volume",
+    CloudInitDisk: "pulumi_libvirt.CloudInitDisk",
+    DomainResource: "pulumi_libvirt.Domain",
+    RandomString: "pulumi_random.RandomString",
+    RandomPassword: "pulumi_random.RandomPassword",
+    RandomBytes: "pulumi_random.RandomBytes",
+    RandomId: "pulumi_random.RandomId",
+    PrivateKey: "pulumi_tls.PrivateKey",
 }
 
 # `willReplaceOnChanges` of the packages' schemas; the plan modifiers of the providers' own
@@ -64,10 +66,12 @@ def camel(name: str) -> str:
     return head + "".join(word.title() for word in rest)
 
 
-def module(resource: type[Resource]) -> Any:
+def sdk(resource: type[Resource]) -> Any:
+    """The resource's class in the package. Its modules load one another when they are used."""
+    package, *path = SDK[resource].split(".")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        return importlib.import_module(SDK[resource][0])
+        return functools.reduce(getattr, path, importlib.import_module(package))
 
 
 @pytest.fixture(params=SDK, ids=lambda resource: resource.token)
@@ -77,7 +81,8 @@ def resource(request: pytest.FixtureRequest) -> type[Resource]:
 
 
 def test_inputs_are_those_of_the_package(resource: type[Resource]) -> None:
-    arguments = getattr(module(resource), f"{SDK[resource][1]}Args").__init__
+    module = sys.modules[sdk(resource).__module__]
+    arguments = getattr(module, f"{sdk(resource).__name__}Args").__init__
     parameters = list(inspect.signature(arguments).parameters.values())[1:]
     assert {camel(p.name): p.default is inspect.Parameter.empty for p in parameters} == {
         key: entry.required for key, entry in resource.inputs.items()
@@ -86,15 +91,13 @@ def test_inputs_are_those_of_the_package(resource: type[Resource]) -> None:
 
 def test_outputs_are_outputs_of_the_package(resource: type[Resource]) -> None:
     known = {
-        camel(name)
-        for name, value in vars(getattr(module(resource), SDK[resource][1])).items()
-        if isinstance(value, property)
+        camel(name) for name, value in vars(sdk(resource)).items() if isinstance(value, property)
     }
     assert set(resource.outputs) <= known
 
 
 def test_secrets_are_those_of_the_package(resource: type[Resource]) -> None:
-    source = Path(module(resource).__file__).read_text()
+    source = Path(inspect.getfile(sdk(resource))).read_text()
     named = re.search(r"additional_secret_outputs=\[(.*?)\]", source)
     expected = set(re.findall(r'"(\w+)"', named.group(1))) if named else set()
     marked = {key for key, entry in resource.outputs.items() if entry.secret}
