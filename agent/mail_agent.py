@@ -241,11 +241,12 @@ def remove(name: str, folder: int) -> None:
         os.unlink(name, dir_fd=folder)
 
 
-def status_of(name: str, folder: int) -> os.stat_result | None:
+def exists(name: str, folder: int) -> bool:
     try:
-        return os.stat(name, dir_fd=folder, follow_symlinks=False)
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
-        return None
+        return False
+    return True
 
 
 def write_file(path: Path, content: bytes, mode: int = 0o600) -> None:
@@ -684,15 +685,12 @@ class Transaction:
     def _put_back(self, row: Mapping[str, Any], ready: bool) -> None:
         with opened(self.system.root, row["path"]) as (folder, name):
             new, old = beside(name, NEW), beside(name, OLD)
-            switched = ready and status_of(new, folder) is None
-            kept = status_of(old, folder)
+            switched = ready and not exists(new, folder)
             if switched and row["before"]["kind"] == "none":
                 remove(name, folder)
-            elif switched and kept is not None:
-                live = status_of(name, folder)
-                if live is None or not os.path.samestat(live, kept):
-                    os.rename(old, name, src_dir_fd=folder, dst_dir_fd=folder)
-                # Renaming one link of a file to another does nothing, and says it did.
+            elif switched and exists(old, folder):
+                # Where the live file is still the old one, this does nothing, and keeps both.
+                os.rename(old, name, src_dir_fd=folder, dst_dir_fd=folder)
             remove(old, folder)
             remove(new, folder)
 
@@ -1231,6 +1229,15 @@ class Services:
                 self._systemctl("disable", "--quiet", unit)
             self._systemctl("stop", unit, seconds=START_SECONDS)
 
+    def reread(self, changed: Sequence[str]) -> None:
+        """Let systemd read its units again, where they changed.
+
+        Raises:
+            Unhealthy: systemd could not.
+        """
+        if any(under(path, _UNIT_FOLDERS) for path in changed):
+            self._systemctl("daemon-reload")
+
     def hand_back(self, units: Sequence[str]) -> None:
         """Let units that stay the operator's go on without our files.
 
@@ -1248,8 +1255,6 @@ class Services:
             Unhealthy: systemd could not.
         """
         touched = Touched()
-        if any(under(path, _UNIT_FOLDERS) for path in changed):
-            self._systemctl("daemon-reload")
         states = self.states([s.unit for s in services])
         for service in services:
             unit, state = service.unit, states[service.unit]
@@ -1546,6 +1551,7 @@ class Agent:
                 self.say(f"{'removing' if path in gone else 'writing'} {path}")
             self.services.retire([unit for unit in lost if unit not in foreign])
             self.store.transaction.switch()
+            self.services.reread(paths)
             self.services.hand_back(foreign)
             touched = self.services.bring(bundle.services, paths)
             restarted = len(touched.restarted) + len(touched.started)

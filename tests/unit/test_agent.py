@@ -155,6 +155,30 @@ def test_a_file_that_changes_meanwhile_is_noticed(host: Host) -> None:
     assert live(host, "/etc/a") == "theirs, newer\n"
 
 
+@pytest.mark.parametrize("ready", [False, True])
+def test_undoing_what_was_not_switched_leaves_a_newcomer(host: Host, ready: bool) -> None:
+    real = mail_agent.write_json
+
+    def die(path: Path, content: Any) -> None:
+        if ready:
+            real(path, content)
+        if path.name == "journal.json" and content["ready"]:
+            raise KeyboardInterrupt
+        real(path, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mail_agent, "write_json", die)
+        with pytest.raises(KeyboardInterrupt):
+            host.apply(bundle({"/etc/a": "ours\n"}))
+    assert host.agent.store.transaction.journal()["ready"] == ready
+    if not ready:
+        # Not even that was staged yet.
+        (host.root / "etc/.a.mail-agent-new").unlink()
+    (host.root / "etc/a").write_text("theirs\n")
+    host.settle()
+    assert live(host, "/etc/a") == "theirs\n"
+
+
 # Maps and checkers
 
 MAP = {"command": ["postmap", "/etc/aliases"], "source": "/etc/aliases", "output": "/etc/aliases.x"}
@@ -360,6 +384,14 @@ def test_taking_back_leaves_untouched_services_alone(serving: Host) -> None:
     assert serving.system.verbs() == ["reload a.service", "reload a.service"]
 
 
+def test_what_was_restarted_is_restarted_again(serving: Host) -> None:
+    serving.system.commands["ask"] = lambda _: Done(1, "", "sick")
+    sick = [{"kind": "command", "command": ["ask"], "timeout": 0}]
+    with pytest.raises(AgentError, match="sick"):
+        serving.apply(serving_bundle(b="2", health=sick))
+    assert serving.system.verbs() == ["restart a.service", "restart a.service"]
+
+
 def test_what_was_started_and_enabled_is_stopped_and_disabled_again(host: Host) -> None:
     host.system.units["new.service"] = Unit("inactive", "disabled")
     host.system.commands["ask"] = lambda _: Done(1, "", "sick")
@@ -558,6 +590,16 @@ def test_a_late_timer_does_not_touch_what_was_confirmed(host: Host) -> None:
     host.apply(guarded("two"))
     host.agent.lock_out(late)
     assert live(host, RULES) == "two"
+
+
+def test_a_timer_that_runs_out_in_the_commit_does_nothing(host: Host) -> None:
+    host.apply(guarded("one"))
+    # Committed, and killed before it was tidied up.
+    host.agent.store.commit()
+    host.agent.lock_out(host.armed[0][0])
+    assert live(host, RULES) == "one"
+    assert host.settle() == "completed an interrupted change"
+    assert host.active()["generation"] == 1
 
 
 def test_another_push_confirms(host: Host) -> None:

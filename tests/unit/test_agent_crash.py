@@ -150,6 +150,7 @@ def outcome(host: Host, old: Tree, new: Tree) -> str:
     """Which of the two the machine is; fails where it is neither, or something is left over."""
     generation = host.active()["generation"]
     seen = host.tree()
+    assert not [path for path in seen if "mail-agent-" in path]
     assert seen == (old if generation == 3 else new)
     left = [p.name for p in host.system.state.iterdir() if p.name == "transaction"]
     assert not left
