@@ -19,8 +19,8 @@ from mailsite.records import Stage, ptr_text, static_records
 # Everything that can be wrong is found here, before anything is registered or contacted.
 with clear_errors():
     settings = Settings.load(Path(__file__).parent)
-    settings.refuse_up_unless_live()
     platform = settings.platform()
+    settings.refuse_up_unless_live()
     static_records(platform)
     fleet = Fleet.plan(platform)
     given.require(fleet.secrets, settings.given)

@@ -496,7 +496,7 @@ def _is_custom(urn: str) -> bool:
 
 def _label(urn: str) -> str:
     """``remote.Command smtp-out.example.net-config`` of a URN."""
-    kind, name = urn.split("::")[2:4]
+    kind, name = urn.split("::", 3)[2:]
     kind = kind.rpartition("$")[2].rpartition(":")[2]
     return f"{kind} {name}"
 
