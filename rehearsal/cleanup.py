@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rehearsal import machine, network
@@ -59,12 +59,15 @@ def down(state: State, progress: Progress) -> None:
             _remove_folder(state.root)
             return
         roots.append(other)
+    left: list[str] = []
     with progress.step("taking the rehearsal down"):
         for root in roots:
+            machines = _machines(root)
             clean(root)
             _remove_folder(root)
+            left += leftovers(root, machines)
         (RUN / "owner").unlink(missing_ok=True)
-    left = leftovers(state.root)
+        network.forget_folder()
     if left:
         raise RehearsalError(
             "left behind: " + "; ".join(left), "run: make down, once more; then restart the machine"
@@ -93,13 +96,18 @@ def clean(root: Path) -> None:
     machine.remove_empty_cgroups()
 
 
-def leftovers(root: Path) -> list[str]:
-    """What is still there of a rehearsal, in words."""
+def leftovers(root: Path, machines: Sequence[str] | None = None) -> list[str]:
+    """What is still there of a rehearsal, in words.
+
+    ``machines``: their names, if the state folder does not tell them any more.
+    """
+    names = _machines(root) if machines is None else machines
+    namespaces = [*network.fixed_namespaces(), *map(network.machine_namespace, names)]
     found = [f"process {p.pid}" for p in _processes(root)]
     found += [f"mount {m}" for m in _mounts(root)]
     found += [f"loop device {d}" for d in _loops(root)]
-    found += [f"namespace {n}" for n in _namespaces(root) if (network.NETNS / n).exists()]
-    found += [f"cgroup {g}" for n in _machines(root) for g in machine.cgroups(n)]
+    found += [f"namespace {n}" for n in namespaces if (network.NETNS / n).exists()]
+    found += [f"cgroup {g}" for n in names for g in machine.cgroups(n)]
     return found
 
 
@@ -108,9 +116,14 @@ def _gone(process: ProcessId) -> Callable[[], bool]:
 
 
 def _machines(root: Path) -> list[str]:
-    """Names of the machines that the state folder has, or had when it was half removed."""
+    """Names of the machines that the state folder has, or had before somebody removed it."""
     folder = root / "machines"
-    return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if folder.is_dir():
+        return sorted(p.name for p in folder.iterdir())
+    if owner() != root:
+        return []
+    prefix = network.MACHINE_PREFIX
+    return [n.removeprefix(prefix) for n in network.namespaces() if n.startswith(prefix)]
 
 
 def _namespaces(root: Path) -> list[str]:

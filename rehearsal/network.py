@@ -69,7 +69,7 @@ INET_WORLD: tuple[IPInterface, ...] = (
 _HOP: tuple[IPAddress, ...] = (IPv4Address("169.254.77.1"), IPv6Address("fe80::1"))
 _INTERNET4 = ("203.0.113.10", "198.51.100.10", "100.64.77.10")
 _INTERNET6 = ("2001:db8:aaaa::10", "2001:db8:abba::10", "100::77:10")
-_KINDS = frozenset({"veth", "bridge", "tun", "ifb"})
+_KINDS = frozenset({"veth", "bridge", "ifb"})
 
 
 @dataclass(frozen=True)
@@ -693,6 +693,12 @@ class Network:
 
 def _nodad(address: IPAddress) -> str:
     return "nodad" if address.version == 6 else ""
+
+
+def forget_folder() -> None:
+    """Unmount the folder of named namespaces, which `ip netns add` mounts, once it is empty."""
+    if NETNS.is_dir() and not any(NETNS.iterdir()):
+        subprocess.run(["umount", str(NETNS)], check=False, capture_output=True)
 
 
 def tear_down(names: Iterable[str] = fixed_namespaces()) -> None:

@@ -71,7 +71,7 @@ def test_down_after_a_killed_run_leaves_nothing(tmp_path: Path, layers: image.La
     assert kinds == {"process", "mount", "loop", "namespace", "cgroup"}
     cleanup.down(State(root), QUIET)
     assert not root.exists()
-    assert not cleanup.leftovers(root)
+    assert not cleanup.leftovers(root, [NAME])
     assert cleanup.owner() is None
     assert network.namespaces() == ()
 
@@ -84,7 +84,7 @@ def test_down_works_without_the_records_of_the_run(tmp_path: Path, layers: image
         (root / name).unlink()
     cleanup.down(State(root), QUIET)
     assert not root.exists()
-    assert not cleanup.leftovers(root)
+    assert not cleanup.leftovers(root, [NAME])
 
 
 @isolated
@@ -101,7 +101,7 @@ def test_the_next_run_takes_over_from_a_killed_one(tmp_path: Path, layers: image
     machine.boot()
     assert machine._init() == before, "a machine that runs is not touched"
     cleanup.down(state, QUIET)
-    assert not cleanup.leftovers(root)
+    assert not cleanup.leftovers(root, [NAME])
 
 
 @isolated
