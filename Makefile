@@ -37,8 +37,8 @@ preview: .venv/.ready ## what would change in the rehearsal, file by file, line 
 status: .venv/.ready ## what of the rehearsal runs
 	$(REHEARSAL) status
 
-verify: .venv/.ready ## the checks that suit a live platform: make verify STACK=prod
-	$(PYTHON) -m verify --stack $(STACK) --live
+verify: .venv/.ready ## the checks that suit a live platform; PROBE=FILE holds the probe's password
+	$(PYTHON) -m verify --stack $(STACK) --live $(if $(PROBE),--probe-password-file $(PROBE))
 
 bootstrap: ## how to make an existing machine ready for the platform
 	@sh agent/bootstrap.sh --help

@@ -54,6 +54,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
         "dmarc",
         "outbound",
         "management",
+        "probe",
         "site_local",
     ),
     TOPOLOGY_FILE: ("sites", "networks", "egress", "hypervisors", "hosts"),

@@ -497,6 +497,17 @@ class World(Frozen):
     )
 
 
+class Probe(Frozen):
+    """The account that live checks log in with. Its password stands in no file of the platform.
+
+    ``sender`` is the address that it sends as, ``mailbox`` one outside that checks may send to.
+    """
+
+    user: str
+    sender: EmailAddress
+    mailbox: EmailAddress | None = None
+
+
 class Platform(Frozen):
     """Everything that the site data of one platform says."""
 
@@ -509,6 +520,7 @@ class Platform(Frozen):
     dmarc: Dmarc = Dmarc()
     outbound: Outbound
     management: Management
+    probe: Probe | None = None
     site_local: SiteLocal | None = Field(
         default=None, description="None: the platform has no site-local networks"
     )

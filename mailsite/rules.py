@@ -723,6 +723,30 @@ def primary_is_a_member(platform: Platform) -> Iterator[Finding]:
         )
 
 
+@rule("probe", "domains", "sasl_users")
+def probe_can_send(platform: Platform) -> Iterator[Finding]:
+    probe = platform.probe
+    if probe is None:
+        return
+    able = [user.name for user in platform.sasl_users.values() if not user.suspended]
+    if probe.user not in able:
+        yield Finding(
+            ("probe", "user"),
+            probe.user,
+            f"'{probe.user}' is no login of sasl_users.yaml that may send",
+            closest(probe.user, able),
+        )
+    domain = probe.sender.rpartition("@")[2]
+    senders = [d.name for d in platform.domains.values() if d.sends]
+    if domain not in senders:
+        yield Finding(
+            ("probe", "sender"),
+            probe.sender,
+            f"'{domain}' is no mail domain that sends",
+            closest(domain, senders),
+        )
+
+
 @rule("outbound")
 def header_limit_is_below_the_message_limit(platform: Platform) -> Iterator[Finding]:
     outbound = platform.outbound

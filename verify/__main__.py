@@ -47,12 +47,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--state", type=Path, default=Path(".rehearsal"), help="the rehearsal's state folder"
     )
-    made.add_argument("--probe-user", metavar="USER", help="live: SASL user to log in as")
     made.add_argument(
-        "--probe-sender", metavar="ADDRESS", help="live: address that the user sends as"
-    )
-    made.add_argument(
-        "--probe-password-file", metavar="FILE", type=Path, help="live: file with its password"
+        "--probe-password-file",
+        metavar="FILE",
+        type=Path,
+        help="live: file with the password of the site data's probe account",
     )
     return made
 
@@ -88,7 +87,7 @@ def verify(options: argparse.Namespace) -> Report:
         reason=reason,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    report.write(options.state / "report.json")
+    report.write(options.state / ("report-live.json" if options.live else "report.json"))
     return report
 
 
@@ -111,12 +110,13 @@ def live(stack: Stack, options: argparse.Namespace) -> Context:
     """The real platform, seen from this machine."""
     stack.require_live()
     observer = Observer("this machine")
+    platform = load_platform(stack.site)
     probe = None
-    if options.probe_user and options.probe_sender and options.probe_password_file:
+    if platform.probe and options.probe_password_file:
         password = options.probe_password_file.read_text(encoding="utf-8").strip()
-        probe = Probe(options.probe_user, password, options.probe_sender)
+        probe = Probe(platform.probe.user, password, platform.probe.sender)
     return Context(
-        platform=load_platform(stack.site),
+        platform=platform,
         site=stack.site,
         stack=stack.name,
         state=options.state,

@@ -95,7 +95,8 @@ class Context:
         """
         if self.given_probe is None:
             raise Skipped(
-                "no probe account: give --probe-user, --probe-sender and --probe-password-file"
+                "no probe account: name one under 'probe' in site.yaml, and give the file with"
+                " its password: make verify PROBE=FILE"
             )
         return self.given_probe
 
