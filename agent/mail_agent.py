@@ -972,40 +972,52 @@ class Sandbox:
         for number, place in enumerate(sorted(places)):
             if under(place, (*self.KEPT, str(base))):
                 continue
-            old = f"old{place}"
-            if Path(old).is_dir():
-                upper, work = f"u{number}", f"w{number}"
-                Path(upper).mkdir()
-                Path(work).mkdir()
-                shutil.copystat(old, upper)
-                about = Path(old).stat()
-                os.chown(upper, about.st_uid, about.st_gid)
-                lower = re.sub(r"([\\:,])", r"\\\1", old)
-                try:
-                    mount(
-                        "overlay",
-                        place,
-                        "overlay",
-                        0,
-                        f"lowerdir={lower},upperdir={upper},workdir={work}",
-                    )
-                    continue
-                except OSError:
-                    # Not every file system can be a lower layer; then at least read-only.
-                    pass
-            mount(old, place, None, _MS_BIND)
-            mount("none", place, None, _MS_BIND | _MS_REMOUNT | _MS_RDONLY)
+            try:
+                self._cover_place(mount, place, number)
+            except OSError:
+                # What is mounted below the top can be missed: an empty folder lies there then.
+                if place.count("/") == 1:
+                    raise
         os.chdir("/")
+
+    @staticmethod
+    def _cover_place(mount: Callable[..., None], place: str, number: int) -> None:
+        old = f"old{place}"
+        if Path(old).is_dir():
+            upper, work = f"u{number}", f"w{number}"
+            Path(upper).mkdir()
+            Path(work).mkdir()
+            shutil.copystat(old, upper)
+            about = Path(old).stat()
+            os.chown(upper, about.st_uid, about.st_gid)
+            lower = re.sub(r"([\\:,])", r"\\\1", old)
+            layers = f"lowerdir={lower},upperdir={upper},workdir={work}"
+            try:
+                mount("overlay", place, "overlay", 0, layers)
+            except OSError:
+                # Not every file system can be a lower layer; then at least read-only.
+                pass
+            else:
+                return
+        mount(old, place, None, _MS_BIND)
+        mount("none", place, None, _MS_BIND | _MS_REMOUNT | _MS_RDONLY)
+
+
+_REMOTE = re.compile(r"nfs|cifs|smb|fuse|autofs|9p|ceph")
 
 
 def mount_points() -> set[str]:
-    """Where something is mounted in this mount namespace."""
+    """Where something is mounted in this mount namespace, but for what may hang when looked at."""
 
     def plain(word: str) -> str:
         return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found.group(1), 8)), word)
 
     table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    return {plain(line.split()[4]) for line in table.splitlines()}
+    return {
+        plain(line.split()[4])
+        for line in table.splitlines()
+        if not _REMOTE.match(line.partition(" - ")[2])
+    }
 
 
 def told(error: BaseException) -> str:
@@ -1385,6 +1397,19 @@ class Health:
         units = [str(h["unit"]) for h in wanted if h["kind"] == "unit"]
         restarts = {u: s["restarts"] for u, s in services.states(units).items()}
         start = time.monotonic()
+        problems = self._problems(wanted, start)
+        if not problems and steady:
+            # A daemon that dies of its configuration may answer once before it does.
+            time.sleep(max(0.0, start + steady - time.monotonic()))
+            problems = self._problems(wanted, start)
+        for unit, state in services.states(units).items():
+            if state["active"] != "active" or state["restarts"] != restarts[unit]:
+                problems.append(f"{unit} does not stay up ({state['active']})")
+        if problems:
+            raise Unhealthy("\n".join(dict.fromkeys(problems)))
+
+    def _problems(self, wanted: Sequence[Mapping[str, Any]], start: float) -> list[str]:
+        """Ask until all hold; each has its own time from ``start`` on. What does not, in words."""
         problems: list[str] = []
         for health in wanted:
             deadline = start + float(health.get("timeout", 10))
@@ -1395,15 +1420,7 @@ class Health:
                     break
                 time.sleep(pause)
                 pause = min(0.25, pause * 1.5)
-        if not problems and steady:
-            # A daemon that dies of its configuration may answer once before it does.
-            time.sleep(max(0.0, start + steady - time.monotonic()))
-            problems += filter(None, (self.ask(health) for health in wanted))
-        for unit, state in services.states(units).items():
-            if state["active"] != "active" or state["restarts"] != restarts[unit]:
-                problems.append(f"{unit} does not stay up ({state['active']})")
-        if problems:
-            raise Unhealthy("\n".join(dict.fromkeys(problems)))
+        return problems
 
     def ask(self, health: Mapping[str, Any], seconds: float = 5.0) -> str | None:
         """None if it holds, else what was seen. It may take ``seconds``, and at least one."""
@@ -1664,7 +1681,11 @@ class Agent:
         for path, built in answer["outputs"].items():
             content = built["content"].encode("latin-1")
             owner, group = self.system.names(built["uid"], built["gid"])
-            entry = File(content, owner, group, built["mode"], "").entry()
+            sources = [wanted.get(build.source) for build in maps if build.output == path]
+            secret = any(source is not None and source.secret for source in sources)
+            if secret and built["mode"] & 0o007:
+                raise Refused(f"{path} is made from secrets, and others might read it")
+            entry = File(content, owner, group, built["mode"], "", secret).entry()
             outputs[path] = (entry, content)
         return outputs
 

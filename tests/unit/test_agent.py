@@ -179,6 +179,41 @@ def test_undoing_what_was_not_switched_leaves_a_newcomer(host: Host, ready: bool
     assert live(host, "/etc/a") == "theirs\n"
 
 
+# Health
+
+
+def test_a_service_that_answers_once_and_dies_is_unhealthy(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mail_agent, "STEADY_SECONDS", 0.05)
+    host.system.units["a.service"] = Unit("inactive", "disabled")
+    answers = iter([Done(0, "", "")])
+    host.system.commands["ask"] = lambda _: next(answers, Done(1, "", "gone"))
+    health = [{"kind": "command", "command": ["ask"], "timeout": 0.1}]
+    with pytest.raises(AgentError, match="ask: exit 1: gone"):
+        host.apply(bundle({MAIN: "a"}, services=[service("a.service")], health=health))
+
+
+def test_a_service_may_take_its_time(host: Host) -> None:
+    answers = iter([Done(1, "", "not yet")] * 3)
+    host.system.commands["ask"] = lambda _: next(answers, Done(0, "", ""))
+    health = [{"kind": "command", "command": ["ask"], "timeout": 5}]
+    host.apply(bundle({MAIN: "a"}, health=health))
+
+
+def test_a_unit_that_starts_over_and_over_is_unhealthy(host: Host) -> None:
+    counts = iter(range(100))
+
+    def show(words: Any) -> Done:
+        if words[1] != "show":
+            return Done(0, "active\n", "")
+        return Done(0, f"LoadState=loaded\nActiveState=active\nNRestarts={next(counts)}\n", "")
+
+    host.system.commands["systemctl"] = show
+    with pytest.raises(AgentError, match=r"a\.service does not stay up"):
+        host.apply(bundle({MAIN: "a"}, health=[{"kind": "unit", "unit": "a.service"}]))
+
+
 # Maps and checkers
 
 MAP = {"command": ["postmap", "/etc/aliases"], "source": "/etc/aliases", "output": "/etc/aliases.x"}
@@ -210,6 +245,14 @@ def test_a_map_that_left_the_bundle_is_removed(host: Host) -> None:
     host.apply(bundle({"/etc/aliases": "a\n"}, maps=[MAP]))
     host.apply(bundle({"/etc/aliases": "a\n"}))
     assert not (host.root / "etc/aliases.x").exists()
+
+
+def test_a_map_made_from_secrets_must_not_be_world_readable(host: Host) -> None:
+    build = {"command": ["postmap", KEY], "source": KEY, "output": f"{KEY}.x"}
+    stage(host, "hush\n")
+    with pytest.raises(Refused, match="made from secrets, and others might read it"):
+        host.apply(secretive(maps=[build]), LABEL)
+    assert not (host.root / KEY[1:]).exists()
 
 
 def test_only_the_checkers_that_are_concerned_run(host: Host) -> None:
