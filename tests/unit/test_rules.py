@@ -11,7 +11,7 @@ import spf  # type: ignore[import-untyped]
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mailsite import rules
+from mailsite import loader, rules
 from mailsite.loader import SiteError, load_platform
 from mailsite.model import Platform, Role
 from tests.unit.test_loader import EXAMPLE, cases, patch
@@ -52,7 +52,7 @@ def test_rules_need_no_part_that_is_not_named() -> None:
     """With any one or two parts of the data gone, the other rules still run, and find nothing."""
     platform = load_platform(PROD)
     values = {name: getattr(platform, name) for name in Platform.model_fields}
-    collections = {"sites", "networks", "egress", "hypervisors", "hosts", "domains", "sasl_users"}
+    collections = loader.COLLECTIONS
     for gone in combinations(Platform.model_fields, 2):
         left = {
             k: ({} if k in collections else None) if k in gone else v for k, v in values.items()
