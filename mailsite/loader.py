@@ -34,6 +34,7 @@ from ruamel.yaml.reader import ReaderError
 
 from mailsite import rules
 from mailsite.model import Platform
+from mailsite.rulebook import closest, nearest
 
 Data: TypeAlias = Any
 Location: TypeAlias = tuple[str | int, ...]
@@ -431,7 +432,7 @@ def _explain(root: type[BaseModel], error: Mapping[str, Any]) -> tuple[Location,
         return location, "", f"'{last}' is missing{where}", f"write a line '{last}: ...' there"
     if kind == "extra_forbidden":
         parent = show(location[:-1])
-        remedy = rules.closest(str(last), _keys_at(root, location[:-1]))
+        remedy = closest(str(last), _keys_at(root, location[:-1]))
         return location, str(last), f"unknown key '{last}' in {parent}", remedy
     if kind == "enum":
         wanted = _type_at(root, location)
@@ -546,8 +547,8 @@ def _read_parts(reader: _Reader, folder: Path, data: dict[str, Data]) -> None:
             elif key in homes:
                 reader.fault(*where, key, f"'{key}' does not belong here", f"see {homes[key]}")
             else:
-                reader.fault(*where, key, f"unknown key '{key}'", rules.closest(key, parts))
-                near = rules.nearest(key, parts)
+                reader.fault(*where, key, f"unknown key '{key}'", closest(key, parts))
+                near = nearest(key, parts)
                 if near is not None and near not in content:
                     reader.unreadable.add((near,))
 
@@ -600,7 +601,7 @@ def _refuse_strangers(reader: _Reader, folder: Path) -> None:
         if path.name not in known and not _is_ignored(path):
             reader.fault(
                 _display(path), 0, path.name, "unknown file in the site data",
-                rules.closest(path.name, known),
+                closest(path.name, known),
             )  # fmt: skip
 
 
@@ -636,7 +637,7 @@ def _validate(reader: _Reader, data: dict[str, Data]) -> tuple[Platform, frozens
         source = Source(reader.places)
         entries = error.errors(include_url=False)
         misspelt = {
-            (*entry["loc"][:-1], rules.nearest(str(entry["loc"][-1]), known))
+            (*entry["loc"][:-1], nearest(str(entry["loc"][-1]), known))
             for entry in entries
             if entry["type"] == "extra_forbidden"
             and (known := _keys_at(Platform, entry["loc"][:-1]))

@@ -22,6 +22,7 @@ from mailsite.model import (
     Dmarc,
     DmarcPolicy,
     Host,
+    Interface,
     IPAddress,
     MailDomain,
     NetworkKind,
@@ -39,6 +40,11 @@ TTL_HOST = 3600
 TTL_FRONTEND = 600
 TTL_MEMBERS = 60
 TTL_MX = 86400
+MX_PREFERENCE = 10
+
+#: Whether the records that lead mail to smtp-in are published. They stay out until the program
+#: has the tiers that take it: an MX without a server behind it turns mail away.
+INBOUND_PUBLISHED = False
 
 _SPF_TERM = re.compile(
     r"[+?~-]?(?:include:\S+|a|a[:/]\S+|mx|mx[:/]\S+|ptr|ptr:\S+|ip4:\S+|ip6:\S+|exists:\S+)"
@@ -62,11 +68,15 @@ class RecordType(StrEnum):
 
 
 class Stage(StrEnum):
-    """When a record may appear: with the machines, before they sign, or once they serve."""
+    """When a record may appear: with the machines, before they sign, or once they serve.
+
+    ``MX`` is last: it moves a domain's mail here.
+    """
 
     HOST = "host"
     POLICY = "policy"
     SERVICE = "service"
+    MX = "mx"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,10 +224,17 @@ def own_names(platform: Platform) -> Iterator[OwnName]:
         )
 
 
-def senders(platform: Platform) -> Mapping[IPAddress, str]:
+def inbound_legs(platform: Platform) -> Mapping[str, Interface]:
+    """Host name -> public leg, where mail comes in and forwards leave: each member of smtp-in."""
+    legs = ((h.name, platform.leg(h, NetworkKind.PUBLIC)) for h in platform.members(Role.SMTP_IN))
+    return {name: leg for name, leg in legs if leg is not None}
+
+
+def senders(platform: Platform, *, inbound: bool = INBOUND_PUBLISHED) -> Mapping[IPAddress, str]:
     """Addresses that deliver mail to the outside, with the name that their PTR must give.
 
-    Members with a site-local first leg leave through the egress gateways, others as themselves.
+    Members of smtp-out with a site-local first leg leave through the egress gateways, others as
+    themselves. Members of smtp-in forward as themselves; the name is what they say HELO with.
     """
     names = {a: own.name for own in own_names(platform) for a in own.addresses}
     found: dict[IPAddress, str] = {}
@@ -228,6 +245,9 @@ def senders(platform: Platform) -> Mapping[IPAddress, str]:
         else:
             for name, egress in platform.egress.items():
                 found |= {egress.ipv4: name, egress.ipv6: name}
+    if inbound:
+        for host_name, leg in inbound_legs(platform).items():
+            found |= {a: names.get(a, host_name) for a in (leg.ipv4, leg.ipv6)}
     return found
 
 
@@ -345,15 +365,27 @@ def dkim_record(platform: Platform, domain: MailDomain, key: DkimKey, public: st
 # -- the whole ---------------------------------------------------------------------------------
 
 
-def static_records(platform: Platform) -> tuple[Record, ...]:
-    """Every record but the DKIM keys, in reading order. Checked by :func:`check`."""
-    found = (*_host_records(platform), *_policy_records(platform), *_service_records(platform))
+def static_records(platform: Platform, *, inbound: bool = INBOUND_PUBLISHED) -> tuple[Record, ...]:
+    """Every record but the DKIM keys, in reading order. Checked by :func:`check`.
+
+    ``inbound``: with those that lead mail to smtp-in.
+    """
+    found = (
+        *_host_records(platform),
+        *_policy_records(platform),
+        *_service_records(platform),
+        *(_inbound_records(platform) if inbound else ()),
+    )
     check(found)
     return found
 
 
-def records(platform: Platform, dkim_public: Mapping[str, str]) -> tuple[Record, ...]:
+def records(
+    platform: Platform, dkim_public: Mapping[str, str], *, inbound: bool = INBOUND_PUBLISHED
+) -> tuple[Record, ...]:
     """Every record of the platform. ``dkim_public``: ``domain/selector`` -> public key.
+
+    ``inbound``: with those that lead mail to smtp-in.
 
     Raises:
         RecordError: a key is missing, or the records contradict each other.
@@ -364,7 +396,7 @@ def records(platform: Platform, dkim_public: Mapping[str, str]) -> tuple[Record,
         if label not in dkim_public:
             raise RecordError(f"no public key given for DKIM key {label!r}")
         keys.append(dkim_record(platform, domain, key, dkim_public[label]))
-    found = (*static_records(platform), *keys)
+    found = (*static_records(platform, inbound=inbound), *keys)
     check(found)
     return found
 
@@ -478,6 +510,61 @@ def _service_records(platform: Platform) -> Iterator[Record]:
         )
 
 
+def _inbound_records(platform: Platform) -> Iterator[Record]:
+    """What leads mail to smtp-in: its names, the sender domain of forwards, and each MX."""
+    names = platform.names
+    filters = platform.members(Role.RSPAMD)
+    if filters:
+        name = platform.internal_name(Role.RSPAMD)
+        legs = [platform.internal_leg(host) for host in filters]
+        yield from _addresses(
+            zone_of(platform, name, "internal name of rspamd"),
+            name,
+            (*(leg.ipv4 for leg in legs), *(leg.ipv6 for leg in legs)),
+            TTL_MEMBERS,
+            "All members of rspamd, for the mail servers that ask them",
+            Stage.SERVICE,
+        )
+    outside = inbound_legs(platform).values()
+    if not outside:
+        return
+    yield from _addresses(
+        zone_of(platform, names.smtp_in, "names.smtp_in"),
+        names.smtp_in,
+        (*(leg.ipv4 for leg in outside), *(leg.ipv6 for leg in outside)),
+        TTL_MEMBERS,
+        "All members of smtp-in; no proxy in front, so that they see who sends",
+        Stage.SERVICE,
+    )
+    # Bounces that are forwarded have no sender either, and each member has a HELO name of its own.
+    text = spf_text([f"include:{names.spf}", "-all"])
+    known = senders(platform, inbound=True)
+    for name in dict.fromkeys(known[leg.ipv4] for leg in outside):
+        zone = zone_of(platform, name, "HELO name of smtp-in")
+        yield _txt(zone, name, text, "SPF of the HELO name, which bounces are checked by")
+    srs = platform.inbound.srs_domain
+    srs_zone = zone_of(platform, srs, "inbound.srs_domain")
+    yield _txt(srs_zone, srs, text, "SPF: forwarded mail is sent from this domain, by us alone")
+    yield _mx(platform, srs_zone, srs, "Bounces of forwarded mail come home through smtp-in")
+    for domain in platform.domains.values():
+        if domain.receives and not domain.retired:
+            zone = zone_of(platform, domain.name, "mail domain")
+            yield _mx(platform, zone, domain.name, "Mail for this domain comes in through smtp-in")
+
+
+def _mx(platform: Platform, zone: str, name: str, why: str) -> Record:
+    return Record(
+        zone=zone,
+        name=name,
+        type=RecordType.MX,
+        ttl=TTL_MX,
+        content=platform.names.smtp_in,
+        priority=MX_PREFERENCE,
+        why=why,
+        stage=Stage.MX,
+    )
+
+
 def _addresses(
     zone: str, name: str, addresses: Iterable[IPAddress], ttl: int, why: str, stage: Stage
 ) -> Iterator[Record]:
@@ -572,13 +659,13 @@ def _one_zone(zone: str, group: Sequence[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ptr_records(platform: Platform) -> tuple[Record, ...]:
+def ptr_records(platform: Platform, *, inbound: bool = INBOUND_PUBLISHED) -> tuple[Record, ...]:
     """PTR records of every host and gateway, for whoever holds the reverse zones.
 
     Mail from an address whose PTR does not lead back to it is widely refused, over IPv6 above
     all. Reverse zones are cut at /24 and /64; whose zone is cut elsewhere moves the lines.
     """
-    sending = senders(platform)
+    sending = senders(platform, inbound=inbound)
     found: dict[IPAddress, Record] = {}
     for own in own_names(platform):
         for address in own.addresses:

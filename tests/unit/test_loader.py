@@ -40,6 +40,11 @@ def patch(folder: Path, change: Case) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     elif "write" in change:
         path.write_text(change["write"])
+    elif "write_crowd" in change:
+        crowd = "".join(f"  - user{n}@partner.example\n" for n in range(change["write_crowd"]))
+        path.write_text(
+            f"sends: false\naddresses:\n postmaster: bob\n abuse: bob\n everybody:\n{crowd}"
+        )
     elif "write_hex" in change:
         path.write_bytes(bytes.fromhex(change["write_hex"]))
     elif "replace_line" in change:

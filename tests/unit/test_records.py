@@ -215,7 +215,7 @@ def test_names_of_hosts_come_first_then_policies_then_services(platform: Platfor
             assert record.stage is Stage.HOST
         elif record.type is RecordType.TXT:
             assert record.stage is Stage.POLICY
-    assert {r.stage for r in static_records(platform)} == set(Stage)
+    assert {r.stage for r in static_records(platform, inbound=True)} == set(Stage)
 
 
 @BOTH
