@@ -52,7 +52,7 @@ _PING = (
 )
 # To a hash that is cut short any password fits, and configtest does not mind.
 _HAS_HASHES = (
-    '[ "$(grep -Ec \'^(enable_)?password = "\\$[12]\\$[a-z0-9]{32,}\\$[a-z0-9]{64,}";$\' "$0")"'
+    '[ "$(grep -Ec \'^(enable_)?password = "\\$[12]\\$[a-z0-9]{32,}\\$[a-z0-9]{50,}";$\' "$0")"'
     " = 2 ] || { echo \"$0: no password hashes; write what 'rspamadm pw' prints\" >&2; exit 1; }"
 )
 # The password comes from the file, so that it is in no list of processes.
@@ -137,6 +137,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 templated(f"rspamd/etc/rspamd/override.d/{name}.j2", **context)
                 for name in _OVERRIDE
             ),
+            templated("rspamd/etc/rspamd/lua.local.d/sentinel.lua.j2"),
             templated("rspamd/etc/redis/redis.conf.j2", **{**context, "port": spam.redis_port}),
             templated(
                 "rspamd/etc/redis/sentinel.conf.j2", **{**context, "port": spam.sentinel_port}
