@@ -162,12 +162,12 @@ def machine(site: Platform) -> Mapping[str, File]:
 @pytest.fixture(scope="session")
 def outcome(image: Image) -> Outcome:
     site = next(c for c in cases() if Role.RSPAMD in c.host.roles).platform
-    limits = site.spam.user_limits.model_copy(update={"messages": LIMIT, "recipients": 4})
+    limits = site.spam.user_limits.model_copy(update={"messages": LIMIT, "recipients": 10})
     spam = site.spam.model_copy(update={"user_limits": limits, "greylist": False})
     site = site.model_copy(update={"spam": spam})
     leg = site.internal_leg(site.members(Role.RSPAMD)[0])
     user = {"to": ["user@here.example"]}
-    many = {"to": [f"user{n}@here.example" for n in range(3)], "login": "busy"}
+    many = {"to": [f"user{n}@here.example" for n in range(6)], "login": "busy"}
     order = {
         "addresses": [f"{leg.ipv4}/32"],
         "state": "/usr/local/lib/mail-platform/redis-state",
