@@ -3,7 +3,8 @@
 Pure functions of the site data; every member of smtp-in gets the same tables. Postfix looks an
 address up as it is, then without its extension, then as ``@domain``, and looks up again what it
 finds (virtual(5)); :class:`Directory` follows the same way, so that what the site data says can
-be judged before a mail server sees it.
+be judged before a mail server sees it. No line has an extension, so the first lookup of an
+address with one never finds anything.
 
 Mail is never sent to ``/dev/null`` by name: a virtual alias leads to addresses only, and a
 DISCARD from an access table would throw the whole message away, for its other recipients too.
@@ -137,8 +138,7 @@ class Directory:
         here = self._domains.get(domain)
         there = self._domains.get(here.alias_of or "") if here is not None else None
         lines = tuple(d for d in (here, there) if d is not None)
-        local = local.lower()
-        for key in (local, local.partition(DELIMITER)[0], CATCH_ALL):
+        for key in (local.lower().partition(DELIMITER)[0], CATCH_ALL):
             for found in lines:
                 if key in found.addresses:
                     return Entry(found.name, key)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 
-from mailsite.aliases import DISCARD_DOMAIN, REQUIRED, Directory
+from mailsite.aliases import DISCARD_DOMAIN, REQUIRED, Directory, Entry
 from mailsite.model import (
     CATCH_ALL,
     NOWHERE,
@@ -23,6 +23,9 @@ from mailsite.rulebook import Finding, Location, RuleBook, closest
 
 #: Addresses that one may lead to (postconf(5), virtual_alias_expansion_limit).
 EXPANSION_LIMIT = 1000
+
+#: Steps of a circle of addresses that an error shows.
+STEPS_SHOWN = 8
 
 #: Where lists answer that they were asked wrongly, and not that a client is listed.
 ERROR_ANSWERS = answer_octets("127.255.255.[0..255]")
@@ -327,9 +330,16 @@ def addresses_do_not_lead_back(platform: Platform) -> Iterator[Finding]:
             yield Finding(
                 ("domains", loop[0].domain, "addresses", loop[0].local),
                 str(loop[0]),
-                f"mail to {loop[0]} comes back to it: {' -> '.join(map(str, loop))}",
+                f"mail to {loop[0]} comes back to it: {_way(loop)}",
                 "write a mailbox or an address elsewhere at one of them",
             )
+
+
+def _way(loop: Sequence[Entry]) -> str:
+    steps = [str(entry) for entry in loop]
+    if len(steps) > STEPS_SHOWN:
+        steps[STEPS_SHOWN - 2 : -1] = ["..."]
+    return " -> ".join(steps)
 
 
 @rule("domains")

@@ -236,6 +236,10 @@ def _local_part(value: str) -> str:
         raise ValueError(f"{value!r} has a domain; write {value.partition('@')[0]!r} alone")
     if len(value) > 64 or not _LOCAL_PART.fullmatch(value):
         raise ValueError(f"{value!r} is no local part; use letters, digits, dots and dashes")
+    bare, plus, _ = value.partition(DELIMITER)
+    if plus:
+        # One that leads back to the part in front of it would make Postfix go in circles.
+        raise ValueError(f"{value!r} has an extension, which {bare!r} takes too; write {bare!r}")
     return value
 
 
