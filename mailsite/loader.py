@@ -6,6 +6,7 @@ A folder holds::
     topology.yaml       sites, networks, egress, hypervisors, hosts
     domains/NAME.yaml   one mail domain each; the file name is the domain
     sasl_users.yaml     logins of the submission service
+    mailboxes.yaml      mailboxes; may be missing where there are none
 
 The files are YAML 1.2 of the plain kind: mappings, lists, texts, whole numbers, true and false.
 Every problem is reported with the file and line that it comes from and with what to write
@@ -33,6 +34,7 @@ from ruamel.yaml.reader import ReaderError
 
 from mailsite import rules
 from mailsite.model import Platform
+from mailsite.rulebook import closest, nearest
 
 Data: TypeAlias = Any
 Location: TypeAlias = tuple[str | int, ...]
@@ -40,6 +42,7 @@ Location: TypeAlias = tuple[str | int, ...]
 SITE_FILE = "site.yaml"
 TOPOLOGY_FILE = "topology.yaml"
 SASL_USERS_FILE = "sasl_users.yaml"
+MAILBOXES_FILE = "mailboxes.yaml"
 DOMAINS_FOLDER = "domains"
 
 #: Top-level keys of the two files that hold several parts, in the order to write them in.
@@ -53,6 +56,8 @@ PARTS: Mapping[str, tuple[str, ...]] = {
         "spf",
         "dmarc",
         "outbound",
+        "inbound",
+        "spam",
         "management",
         "probe",
         "site_local",
@@ -62,11 +67,11 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 
 #: Parts that map a name to an object: a bad object is reported and the others still checked.
 COLLECTIONS = frozenset(
-    {"sites", "networks", "egress", "hypervisors", "hosts", "domains", "sasl_users"}
+    {"sites", "networks", "egress", "hypervisors", "hosts", "domains", "sasl_users", "mailboxes"}
 )
 
 #: Collections whose objects carry their key as ``name``.
-NAMED = frozenset({"hosts", "domains", "sasl_users"})
+NAMED = frozenset({"hosts", "domains", "sasl_users", "mailboxes"})
 
 #: Values of these keys are never shown.
 SECRET_KEYS = frozenset({"password_hash"})
@@ -397,6 +402,8 @@ _WANTED = {
     "int_from_float": "a whole number, without a fraction",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
+    "float_type": "a number, without quotes",
+    "float_parsing": "a number, without quotes",
     "string_type": "a text; put it in quotes",
     "tuple_type": "a list, one '- item' a line",
     "dict_type": "'name: ...' lines below it",
@@ -426,7 +433,7 @@ def _explain(root: type[BaseModel], error: Mapping[str, Any]) -> tuple[Location,
         return location, "", f"'{last}' is missing{where}", f"write a line '{last}: ...' there"
     if kind == "extra_forbidden":
         parent = show(location[:-1])
-        remedy = rules.closest(str(last), _keys_at(root, location[:-1]))
+        remedy = closest(str(last), _keys_at(root, location[:-1]))
         return location, str(last), f"unknown key '{last}' in {parent}", remedy
     if kind == "enum":
         wanted = _type_at(root, location)
@@ -497,7 +504,7 @@ def load_site(folder: Path, world: Path | None = None) -> LoadedSite:
         )
         raise SiteError(reader.problems)
     _read_parts(reader, folder, data)
-    _read_sasl_users(reader, folder, data)
+    _read_people(reader, folder, data)
     _read_domains(reader, folder, data)
     _refuse_strangers(reader, folder)
     if world is not None:
@@ -521,7 +528,11 @@ def load_site(folder: Path, world: Path | None = None) -> LoadedSite:
 
 def _read_parts(reader: _Reader, folder: Path, data: dict[str, Data]) -> None:
     homes = {part: file for file, parts in PARTS.items() for part in parts}
-    homes |= {"sasl_users": SASL_USERS_FILE, "domains": f"{DOMAINS_FOLDER}/"}
+    homes |= {
+        "sasl_users": SASL_USERS_FILE,
+        "mailboxes": MAILBOXES_FILE,
+        "domains": f"{DOMAINS_FOLDER}/",
+    }
     for file, parts in PARTS.items():
         path = folder / file
         content = reader.read(path, (), what=f"the keys {', '.join(parts)}")
@@ -537,19 +548,26 @@ def _read_parts(reader: _Reader, folder: Path, data: dict[str, Data]) -> None:
             elif key in homes:
                 reader.fault(*where, key, f"'{key}' does not belong here", f"see {homes[key]}")
             else:
-                reader.fault(*where, key, f"unknown key '{key}'", rules.closest(key, parts))
-                near = rules.nearest(key, parts)
+                reader.fault(*where, key, f"unknown key '{key}'", closest(key, parts))
+                near = nearest(key, parts)
                 if near is not None and near not in content:
                     reader.unreadable.add((near,))
 
 
-def _read_sasl_users(reader: _Reader, folder: Path, data: dict[str, Data]) -> None:
-    path = folder / SASL_USERS_FILE
-    content = reader.read(path, ("sasl_users",), what="the logins of the submission service")
-    if content is None:
-        reader.unreadable.add(("sasl_users",))
-    else:
-        data["sasl_users"] = content
+def _read_people(reader: _Reader, folder: Path, data: dict[str, Data]) -> None:
+    for file, part, what in (
+        (SASL_USERS_FILE, "sasl_users", "the logins of the submission service"),
+        (MAILBOXES_FILE, "mailboxes", "the mailboxes"),
+    ):
+        path = folder / file
+        if part == "mailboxes" and not path.exists():
+            reader.places[(part,)] = (_display(path), 0)
+            continue
+        content = reader.read(path, (part,), what=what)
+        if content is None:
+            reader.unreadable.add((part,))
+        else:
+            data[part] = content
 
 
 def _read_domains(reader: _Reader, folder: Path, data: dict[str, Data]) -> None:
@@ -579,12 +597,12 @@ def _read_domains(reader: _Reader, folder: Path, data: dict[str, Data]) -> None:
 
 def _refuse_strangers(reader: _Reader, folder: Path) -> None:
     """A misspelt file name must not pass silently."""
-    known = [*PARTS, SASL_USERS_FILE, DOMAINS_FOLDER]
+    known = [*PARTS, SASL_USERS_FILE, MAILBOXES_FILE, DOMAINS_FOLDER]
     for path in sorted(folder.iterdir()):
         if path.name not in known and not _is_ignored(path):
             reader.fault(
                 _display(path), 0, path.name, "unknown file in the site data",
-                rules.closest(path.name, known),
+                closest(path.name, known),
             )  # fmt: skip
 
 
@@ -620,7 +638,7 @@ def _validate(reader: _Reader, data: dict[str, Data]) -> tuple[Platform, frozens
         source = Source(reader.places)
         entries = error.errors(include_url=False)
         misspelt = {
-            (*entry["loc"][:-1], rules.nearest(str(entry["loc"][-1]), known))
+            (*entry["loc"][:-1], nearest(str(entry["loc"][-1]), known))
             for entry in entries
             if entry["type"] == "extra_forbidden"
             and (known := _keys_at(Platform, entry["loc"][:-1]))

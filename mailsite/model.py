@@ -4,8 +4,8 @@ Every class is frozen and refuses unknown keys. The model holds facts only; what
 from them is computed in :mod:`mailsite.bundle`, what DNS says of them in
 :mod:`mailsite.records`. Rules that span several objects live in :mod:`mailsite.rules`.
 
-Units: memory in MiB, disks in GiB, message sizes in bytes, times in seconds. Domain names are
-lower-case, without a trailing dot.
+Units: memory in MiB, disks in GiB, message sizes in bytes, times in seconds. Domain names and
+local parts of our own addresses are lower-case; domain names have no trailing dot.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import (
     IPv4Address,
@@ -26,13 +27,34 @@ from ipaddress import (
 )
 from typing import Annotated, Self, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WrapValidator,
+)
 
 IPAddress: TypeAlias = IPv4Address | IPv6Address
 IPNetwork: TypeAlias = IPv4Network | IPv6Network
 
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 _SLUG = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+_LOCAL_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_+=~'&#-]|\.(?![.]|$))*")
+_MAILBOX = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_TAG = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_OCTET = r"(\d{1,3}|\[\d{1,3}(?:\.\.\d{1,3})?(?:;\d{1,3}(?:\.\.\d{1,3})?)*\])"
+_ANSWERS = re.compile(r"\.".join([_OCTET] * 4))
+
+#: The local part that stands for every one that its domain does not list.
+CATCH_ALL = "*"
+
+#: What separates a local part from its extension (postconf(5), recipient_delimiter).
+DELIMITER = "+"
+
+#: The target that swallows mail.
+NOWHERE = "/dev/null"
 
 
 def _fqdn(value: str) -> str:
@@ -193,6 +215,79 @@ def _login(value: str) -> str:
     return value
 
 
+def _label(value: str) -> str:
+    """Accept one label of a domain name for machines (RFC 1123, section 2.1)."""
+    if len(value) > 63 or not _SLUG.fullmatch(value):
+        raise ValueError(f"{value!r} is no label; use lower-case letters, digits and dashes")
+    return value
+
+
+def _local_part(value: str) -> str:
+    """Accept a local part of ours, or ``*`` for every other one of its domain.
+
+    Narrower than RFC 5321, section 4.1.2: what a relay could read as a route (``%``, ``!``),
+    quotes, and a dash in front, which Postfix refuses (postconf(5), allow_min_user), are out.
+    """
+    if value == CATCH_ALL:
+        return value
+    if value != value.lower():
+        raise ValueError(f"{value!r} has upper-case letters; write {value.lower()!r}")
+    if "@" in value:
+        raise ValueError(f"{value!r} has a domain; write {value.partition('@')[0]!r} alone")
+    if len(value) > 64 or not _LOCAL_PART.fullmatch(value):
+        raise ValueError(f"{value!r} is no local part; use letters, digits, dots and dashes")
+    bare, plus, _ = value.partition(DELIMITER)
+    if plus:
+        # One that leads back to the part in front of it would make Postfix go in circles.
+        raise ValueError(f"{value!r} has an extension, which {bare!r} takes too; write {bare!r}")
+    return value
+
+
+def _answers(value: str) -> str:
+    """Accept a filter of DNSBL answers, ``d.d.d.d`` with patterns (postconf(5))."""
+    try:
+        answer_octets(value)
+    except ValueError:
+        raise ValueError(
+            f"{value!r} is no filter of answers; write one like '127.0.0.[2..11]', in quotes"
+        ) from None
+    return value
+
+
+def answer_octets(text: str) -> tuple[frozenset[int], ...]:
+    """The numbers that each of the four parts of a DNSBL filter takes.
+
+    For example ``127.0.0.[2;4..6]``; syntax as in postconf(5), reject_rbl_client.
+
+    Raises:
+        ValueError: ``text`` is no such filter.
+    """
+    parts = _ANSWERS.fullmatch(text)
+    if parts is None:
+        raise ValueError(text)
+    return tuple(frozenset(_numbers(part)) for part in parts.groups())
+
+
+def _numbers(pattern: str) -> Iterator[int]:
+    for item in pattern.strip("[]").split(";"):
+        low, dots, high = item.partition("..")
+        first, last = int(low), int(high if dots else low)
+        if not first <= last <= 255:
+            raise ValueError(pattern)
+        yield from range(first, last + 1)
+
+
+def _sender(value: str) -> str:
+    """Accept a mail address, or ``@domain`` for all of a domain."""
+    local, at, domain = value.rpartition("@")
+    if not at or (local and not _LOCAL_PART.fullmatch(local)):
+        raise ValueError(
+            f"{value!r} is no sender; write an address like 'user@example.org', or '@example.org'"
+        )
+    _fqdn(domain)
+    return value
+
+
 def _spf_all(value: str) -> str:
     if value not in ("-all", "~all", "?all", "+all"):
         raise ValueError(f"{value!r} is no end of an SPF record; write '~all' or '-all'")
@@ -214,6 +309,10 @@ Prefix = Annotated[IPNetwork, PlainValidator(_prefix)]
 Prefix4 = Annotated[IPv4Network, PlainValidator(_prefix4)]
 Prefix6 = Annotated[IPv6Network, PlainValidator(_prefix6)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+Score = Annotated[float, Field(ge=0.1, le=1000)]
+LocalPart = Annotated[str, AfterValidator(_local_part)]
+Answers = Annotated[str, AfterValidator(_answers)]
+Label = Annotated[str, AfterValidator(_label)]
 
 
 class Frozen(BaseModel):
@@ -380,12 +479,87 @@ class Dmarc(Frozen):
     rua: tuple[EmailAddress, ...] = ()
 
 
-class MailDomain(Frozen):
-    """A domain that sends (and later receives) mail through the platform.
+@dataclass(frozen=True)
+class MailboxTarget:
+    """A mailbox of the platform. Its owner sees by ``tag`` which address the mail came to."""
 
-    ``sends: false`` publishes a null MX (RFC 7505) and ``v=spf1 -all``. ``zone`` is the DNS
-    zone that holds the domain, by default the domain itself. ``spf`` are terms of the
-    operator's own, merged in front of the platform's include.
+    mailbox: str
+    tag: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.mailbox}{DELIMITER}{self.tag}" if self.tag else self.mailbox
+
+
+@dataclass(frozen=True)
+class AddressTarget:
+    """A mail address: another one of the platform's, or a forward elsewhere."""
+
+    local: str
+    domain: str
+
+    def __str__(self) -> str:
+        return f"{self.local}@{self.domain}"
+
+
+@dataclass(frozen=True)
+class Nowhere:
+    """Mail is accepted and thrown away."""
+
+    def __str__(self) -> str:
+        return NOWHERE
+
+
+Target: TypeAlias = MailboxTarget | AddressTarget | Nowhere
+
+
+def parse_target(value: object) -> Target:
+    """Read where mail goes: ``box``, ``box+tag``, ``user@example.org`` or ``/dev/null``."""
+    if isinstance(value, MailboxTarget | AddressTarget | Nowhere):
+        return value
+    text = _text(value, f"a mailbox, a mail address in quotes or {NOWHERE}")
+    if text == NOWHERE:
+        return Nowhere()
+    local, at, domain = text.rpartition("@")
+    if at:
+        if len(local) > 64 or not _LOCAL_PART.fullmatch(local):
+            raise ValueError(f"{text!r} is no mail address; write one like 'user@example.org'")
+        return AddressTarget(local, _fqdn(domain))
+    mailbox, plus, tag = text.partition(DELIMITER)
+    if not _MAILBOX.fullmatch(mailbox) or (plus and not _TAG.fullmatch(tag)):
+        raise ValueError(
+            f"{text!r} is no target; write a mailbox like 'box' or 'box+tag', "
+            f"an address like 'user@example.org', or {NOWHERE}"
+        )
+    return MailboxTarget(mailbox, tag)
+
+
+def _one_or_several(
+    value: object, several: Callable[[object], tuple[Target, ...]]
+) -> tuple[Target, ...]:
+    """A list of targets, or one alone."""
+    if isinstance(value, list | tuple):
+        return several(tuple(value))
+    return (parse_target(value),)
+
+
+Targets = Annotated[
+    tuple[Annotated[Target, PlainValidator(parse_target)], ...],
+    Field(min_length=1),
+    WrapValidator(_one_or_several),
+]
+
+
+class MailDomain(Frozen):
+    """A domain that sends or receives mail through the platform, or does neither.
+
+    ``sends: false`` publishes ``v=spf1 -all``, and with ``receives: false`` a null MX (RFC 7505).
+    ``zone`` is the DNS zone that holds the domain, by default the domain itself. ``spf`` are
+    terms of the operator's own, merged in front of the platform's include.
+
+    ``addresses`` says for each local part where its mail goes, see :func:`parse_target`; ``*``
+    takes every other one. Extensions need no line: ``user+anything`` goes where ``user`` goes.
+    ``alias_of`` names a domain whose addresses exist here too; ``addresses`` beside it are
+    exceptions and additions. ``retired: true`` withdraws the MX while mail is still taken.
     """
 
     name: Fqdn
@@ -397,6 +571,8 @@ class MailDomain(Frozen):
     spf: tuple[str, ...] = ()
     spf_all: SpfAll = "~all"
     dmarc: Dmarc | None = Field(default=None, description="None: the site's default")
+    addresses: dict[LocalPart, Targets] = {}
+    alias_of: Fqdn | None = None
 
     @property
     def dns_zone(self) -> str:
@@ -407,12 +583,24 @@ class MailDomain(Frozen):
         return next((k for k in self.dkim if k.signing), None)
 
 
+class Mailbox(Frozen):
+    """A mailbox on the maildrop hosts. Addresses lead to it, see :class:`MailDomain`."""
+
+    name: Annotated[str, AfterValidator(_login)]
+    description: str
+
+
 class SaslUser(Frozen):
     """A login of the submission service: a person, or a group of servers (null clients)."""
 
     name: Annotated[str, AfterValidator(_login)]
     description: str
     suspended: bool = False
+    senders: tuple[Annotated[str, AfterValidator(_sender)], ...] = Field(
+        default=(),
+        description="envelope senders that it may use: 'user@example.org', or '@example.org' "
+        "for a whole domain; empty: any",
+    )
     password_hash: PasswordHash | None = Field(
         default=None,
         repr=False,
@@ -448,11 +636,90 @@ class ClientLimits(Frozen):
 
 
 class Outbound(Frozen):
+    """How mail leaves. The size limits hold for mail that comes in too."""
+
     tls: TlsLevel = TlsLevel.DANE
     limits: ClientLimits = ClientLimits()
     message_size_limit: int = Field(default=52428800, ge=1048576)
     header_size_limit: int = Field(default=4096000, ge=102400)
     primary: Fqdn = Field(description="member that the frontends prefer")
+
+
+class DnsblKind(StrEnum):
+    """What is looked up in a list; Postfix's reject_... restrictions (postconf(5))."""
+
+    RBL_CLIENT = "rbl_client"
+    RHSBL_SENDER = "rhsbl_sender"
+    RHSBL_HELO = "rhsbl_helo"
+    RHSBL_REVERSE_CLIENT = "rhsbl_reverse_client"
+
+
+class Dnsbl(Frozen):
+    """A DNS block list that every client of port 25 is looked up in.
+
+    ``answers`` are the ones that count, in Postfix's notation: ``127.0.0.[2..11]``. All others,
+    error codes above all, refuse nothing. ``warn_only``: what counts is logged, not refused.
+    """
+
+    kind: DnsblKind
+    zone: Fqdn
+    answers: Answers
+    warn_only: bool = False
+
+
+class InboundLimits(ClientLimits):
+    """Limits per client address of the MX: other people's mail servers, so wider."""
+
+    connections: int = Field(default=20, ge=1)
+    connection_rate: int = Field(default=60, ge=1)
+    message_rate: int = Field(default=120, ge=1)
+
+
+class Inbound(Frozen):
+    """How mail comes in.
+
+    ``srs_domain`` is a name of its own that forwarded mail is sent from (Sender Rewriting
+    Scheme); nothing else uses it. ``srs_keys`` name the secrets that sign such addresses: the
+    first signs, all verify. To rotate, put a new name in front, and take the old one away when
+    its last bounce can have come (PostSRSd takes addresses of the last 21 days).
+    ``dnsbl`` is asked in the order written, and the first list that knows a client refuses it.
+    """
+
+    srs_domain: Fqdn
+    srs_keys: tuple[Label, ...] = Field(default=("srs1",), min_length=1)
+    limits: InboundLimits = InboundLimits()
+    dnsbl: tuple[Dnsbl, ...] = ()
+
+
+class SpamScores(Frozen):
+    """Rspamd's score from which on a message is greylisted, tagged (X-Spam) and refused."""
+
+    greylist: Score = 4
+    add_header: Score = 6
+    reject: Score = 15
+
+
+class UserLimits(Frozen):
+    """What one SASL user may send in an hour, counted over all members."""
+
+    messages: int = Field(default=200, ge=1)
+    recipients: int = Field(default=1000, ge=1)
+
+
+class Spam(Frozen):
+    """The spam filter. ``greylist``: whether doubtful mail has to come twice.
+
+    Its hosts serve Postfix at ``milter_port``, learning and statistics at ``controller_port``,
+    their shared memory at ``redis_port``, and watch over it at ``sentinel_port``.
+    """
+
+    greylist: bool = False
+    scores: SpamScores = SpamScores()
+    user_limits: UserLimits = UserLimits()
+    milter_port: Port = 11332
+    controller_port: Port = 11334
+    redis_port: Port = 6379
+    sentinel_port: Port = 26379
 
 
 class Management(Frozen):
@@ -519,6 +786,8 @@ class Platform(Frozen):
     spf: SpfBlocks
     dmarc: Dmarc = Dmarc()
     outbound: Outbound
+    inbound: Inbound
+    spam: Spam = Spam()
     management: Management
     probe: Probe | None = None
     site_local: SiteLocal | None = Field(
@@ -531,11 +800,21 @@ class Platform(Frozen):
     hosts: dict[Fqdn, Host]
     domains: dict[Fqdn, MailDomain]
     sasl_users: dict[str, SaslUser]
+    mailboxes: dict[str, Mailbox] = {}
     world: World = World()
 
     def members(self, role: Role) -> tuple[Host, ...]:
         """Hosts with ``role``, in the order of the topology file: the rolling order."""
         return tuple(h for h in self.hosts.values() if role in h.roles)
+
+    def internal_name(self, role: Role) -> str:
+        """The name that stands for all members of ``role`` inside the platform."""
+        return f"{role}.{self.internal_domain}"
+
+    @property
+    def maildrop_domain(self) -> str:
+        """The domain whose addresses are the mailboxes."""
+        return self.internal_name(Role.MAILDROP)
 
     def network_of(self, interface: Interface) -> Network:
         return self.networks[interface.network]

@@ -22,6 +22,7 @@ from mailsite.model import (
     Dmarc,
     DmarcPolicy,
     Host,
+    Interface,
     IPAddress,
     MailDomain,
     NetworkKind,
@@ -32,6 +33,7 @@ from mailsite.model import (
 TXT_STRING = 255  # bytes in one character-string (RFC 1035, section 3.3)
 TXT_LIMIT = 4096  # bytes that providers take in one TXT record
 SPF_LOOKUPS = 10  # terms that cause a query (RFC 7208, section 4.6.4)
+ZONES_SHOWN = 10  # in an error
 WHY_LIMIT = 100  # characters of a record's comment that providers take
 
 TTL_SHARED = 3600
@@ -39,6 +41,11 @@ TTL_HOST = 3600
 TTL_FRONTEND = 600
 TTL_MEMBERS = 60
 TTL_MX = 86400
+MX_PREFERENCE = 10
+
+#: Whether the records that lead mail to smtp-in are published. They stay out until the program
+#: has the tiers that take it: an MX without a server behind it turns mail away.
+INBOUND_PUBLISHED = False
 
 _SPF_TERM = re.compile(
     r"[+?~-]?(?:include:\S+|a|a[:/]\S+|mx|mx[:/]\S+|ptr|ptr:\S+|ip4:\S+|ip6:\S+|exists:\S+)"
@@ -62,11 +69,15 @@ class RecordType(StrEnum):
 
 
 class Stage(StrEnum):
-    """When a record may appear: with the machines, before they sign, or once they serve."""
+    """When a record may appear: with the machines, before they sign, or once they serve.
+
+    ``MX`` is last: it moves a domain's mail here.
+    """
 
     HOST = "host"
     POLICY = "policy"
     SERVICE = "service"
+    MX = "mx"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,24 +165,37 @@ def zones(platform: Platform) -> tuple[str, ...]:
     return tuple(own)
 
 
+class ZoneMap:
+    """Finds the platform's zone that a name lies in: the one with the longest match."""
+
+    def __init__(self, platform: Platform) -> None:
+        self._zones = dict.fromkeys(zones(platform))
+
+    def find(self, name: str) -> str | None:
+        zone = name
+        while zone and zone not in self._zones:
+            zone = zone.partition(".")[2]
+        return zone or None
+
+    def of(self, name: str, what: str) -> str:
+        """Like :meth:`find`, but ``name`` is needed for ``what``.
+
+        Raises:
+            RecordError: none of the platform's zones holds ``name``.
+        """
+        zone = self.find(name)
+        if zone is None:
+            known = ", ".join(list(self._zones)[:ZONES_SHOWN])
+            raise RecordError(
+                f"{what} {name!r} lies in none of the platform's zones ({known}); choose a name in"
+                " one of them, or add its domain under domains/"
+            )
+        return zone
+
+
 def find_zone(platform: Platform, name: str) -> str | None:
-    """The platform's zone that ``name`` lies in: the one with the longest match."""
-    return max((z for z in zones(platform) if _within(name, z)), key=len, default=None)
-
-
-def zone_of(platform: Platform, name: str, what: str) -> str:
-    """Like :func:`find_zone`, but ``name`` is needed for ``what``.
-
-    Raises:
-        RecordError: none of the platform's zones holds ``name``.
-    """
-    zone = find_zone(platform, name)
-    if zone is None:
-        raise RecordError(
-            f"{what} {name!r} lies in none of the platform's zones ({', '.join(zones(platform))});"
-            " choose a name in one of them, or add its domain under domains/"
-        )
-    return zone
+    """The platform's zone that ``name`` lies in; to ask for many, make a :class:`ZoneMap`."""
+    return ZoneMap(platform).find(name)
 
 
 def _within(name: str, zone: str) -> bool:
@@ -214,10 +238,17 @@ def own_names(platform: Platform) -> Iterator[OwnName]:
         )
 
 
-def senders(platform: Platform) -> Mapping[IPAddress, str]:
+def inbound_legs(platform: Platform) -> Mapping[str, Interface]:
+    """Host name -> public leg, where mail comes in and forwards leave: each member of smtp-in."""
+    legs = ((h.name, platform.leg(h, NetworkKind.PUBLIC)) for h in platform.members(Role.SMTP_IN))
+    return {name: leg for name, leg in legs if leg is not None}
+
+
+def senders(platform: Platform, *, inbound: bool = INBOUND_PUBLISHED) -> Mapping[IPAddress, str]:
     """Addresses that deliver mail to the outside, with the name that their PTR must give.
 
-    Members with a site-local first leg leave through the egress gateways, others as themselves.
+    Members of smtp-out with a site-local first leg leave through the egress gateways, others as
+    themselves. Members of smtp-in forward as themselves; the name is what they say HELO with.
     """
     names = {a: own.name for own in own_names(platform) for a in own.addresses}
     found: dict[IPAddress, str] = {}
@@ -228,6 +259,9 @@ def senders(platform: Platform) -> Mapping[IPAddress, str]:
         else:
             for name, egress in platform.egress.items():
                 found |= {egress.ipv4: name, egress.ipv6: name}
+    if inbound:
+        for host_name, leg in inbound_legs(platform).items():
+            found |= {a: names.get(a, host_name) for a in (leg.ipv4, leg.ipv6)}
     return found
 
 
@@ -325,14 +359,22 @@ def dkim_keys(platform: Platform) -> Iterator[tuple[MailDomain, DkimKey]]:
             yield domain, key
 
 
-def dkim_record(platform: Platform, domain: MailDomain, key: DkimKey, public: str) -> Record:
+def dkim_record(
+    platform: Platform,
+    domain: MailDomain,
+    key: DkimKey,
+    public: str,
+    zone_map: ZoneMap | None = None,
+) -> Record:
     """The published half of a DKIM key (RFC 6376, section 3.6.1).
 
-    ``public`` is the public key as PEM or as base64 of its DER.
+    ``public`` is the public key as PEM or as base64 of its DER; ``zone_map`` is the platform's,
+    for callers with many keys.
     """
+    zone_map = zone_map or ZoneMap(platform)
     name = f"{key.selector}._domainkey.{domain.name}".lower()
     return Record(
-        zone=zone_of(platform, domain.name, "mail domain"),
+        zone=zone_map.of(domain.name, "mail domain"),
         name=name,
         type=RecordType.TXT,
         ttl=TTL_SHARED,
@@ -345,41 +387,55 @@ def dkim_record(platform: Platform, domain: MailDomain, key: DkimKey, public: st
 # -- the whole ---------------------------------------------------------------------------------
 
 
-def static_records(platform: Platform) -> tuple[Record, ...]:
-    """Every record but the DKIM keys, in reading order. Checked by :func:`check`."""
-    found = (*_host_records(platform), *_policy_records(platform), *_service_records(platform))
+def static_records(platform: Platform, *, inbound: bool = INBOUND_PUBLISHED) -> tuple[Record, ...]:
+    """Every record but the DKIM keys, in reading order. Checked by :func:`check`.
+
+    ``inbound``: with those that lead mail to smtp-in.
+    """
+    zone_map = ZoneMap(platform)
+    found = (
+        *_host_records(platform, zone_map),
+        *_policy_records(platform, zone_map),
+        *_service_records(platform, zone_map),
+        *(_inbound_records(platform, zone_map) if inbound else ()),
+    )
     check(found)
     return found
 
 
-def records(platform: Platform, dkim_public: Mapping[str, str]) -> tuple[Record, ...]:
+def records(
+    platform: Platform, dkim_public: Mapping[str, str], *, inbound: bool = INBOUND_PUBLISHED
+) -> tuple[Record, ...]:
     """Every record of the platform. ``dkim_public``: ``domain/selector`` -> public key.
+
+    ``inbound``: with those that lead mail to smtp-in.
 
     Raises:
         RecordError: a key is missing, or the records contradict each other.
     """
     keys = []
+    zone_map = ZoneMap(platform)
     for domain, key in dkim_keys(platform):
         label = f"{domain.name}/{key.selector}"
         if label not in dkim_public:
             raise RecordError(f"no public key given for DKIM key {label!r}")
-        keys.append(dkim_record(platform, domain, key, dkim_public[label]))
-    found = (*static_records(platform), *keys)
+        keys.append(dkim_record(platform, domain, key, dkim_public[label], zone_map))
+    found = (*static_records(platform, inbound=inbound), *keys)
     check(found)
     return found
 
 
-def _host_records(platform: Platform) -> Iterator[Record]:
+def _host_records(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]:
     for own in own_names(platform):
-        zone = find_zone(platform, own.name)
+        zone = zone_map.find(own.name)
         if zone is not None:  # a gateway's name may be somebody else's to publish
             yield from _addresses(zone, own.name, own.addresses, TTL_HOST, own.why, Stage.HOST)
 
 
-def _policy_records(platform: Platform) -> Iterator[Record]:
-    yield from _shared_spf(platform)
+def _policy_records(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]:
+    yield from _shared_spf(platform, zone_map)
     for domain in platform.domains.values():
-        zone = zone_of(platform, domain.name, "mail domain")
+        zone = zone_map.of(domain.name, "mail domain")
         if domain.sends:
             why = "SPF: who sends for this domain, the operator's own senders and the platform"
         else:
@@ -399,12 +455,12 @@ def _policy_records(platform: Platform) -> Iterator[Record]:
         dmarc = domain_dmarc(platform, domain)
         why = "DMARC: what receivers do with mail that fails SPF and DKIM, and where they report"
         yield _txt(zone, f"_dmarc.{domain.name}", dmarc_text(dmarc), why)
-        yield from _report_consent(platform, domain, dmarc)
+        yield from _report_consent(zone_map, domain, dmarc)
 
 
-def _shared_spf(platform: Platform) -> Iterator[Record]:
+def _shared_spf(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]:
     name = platform.names.spf
-    zone = zone_of(platform, name, "names.spf")
+    zone = zone_map.of(name, "names.spf")
     blocks = {
         4: [f"ip4:{block}" for block in platform.spf.ipv4],
         6: [f"ip6:{block}" for block in platform.spf.ipv6],
@@ -419,24 +475,24 @@ def _shared_spf(platform: Platform) -> Iterator[Record]:
         yield _txt(zone, family_name(platform, family), text, why)
 
 
-def _report_consent(platform: Platform, domain: MailDomain, dmarc: Dmarc) -> Iterator[Record]:
+def _report_consent(zone_map: ZoneMap, domain: MailDomain, dmarc: Dmarc) -> Iterator[Record]:
     """Consent to reports about ``domain`` at addresses of another zone (RFC 7489, 7.1)."""
-    own = find_zone(platform, domain.name)
+    own = zone_map.find(domain.name)
     for receiver in dict.fromkeys(address.rpartition("@")[2] for address in dmarc.rua):
-        zone = find_zone(platform, receiver)
+        zone = zone_map.find(receiver)
         if zone is not None and zone != own:
             name = f"{domain.name}._report._dmarc.{receiver}"
             yield _txt(zone, name, "v=DMARC1", "DMARC: reports about that domain are welcome here")
 
 
-def _service_records(platform: Platform) -> Iterator[Record]:
+def _service_records(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]:
     names = platform.names
     members = platform.members(Role.SMTP_OUT)
     if members:
         name = f"{Role.SMTP_OUT}.{platform.internal_domain}"
         legs = [platform.internal_leg(host) for host in members]
         yield from _addresses(
-            zone_of(platform, name, "internal name of smtp-out"),
+            zone_map.of(name, "internal name of smtp-out"),
             name,
             (*(leg.ipv4 for leg in legs), *(leg.ipv6 for leg in legs)),
             TTL_MEMBERS,
@@ -453,7 +509,7 @@ def _service_records(platform: Platform) -> Iterator[Record]:
             " would stand for nothing; add an interface to "
             + " or ".join(repr(host.name) for host in frontends)
         )
-    zone = zone_of(platform, names.frontend, "names.frontend")
+    zone = zone_map.of(names.frontend, "names.frontend")
     yield from _addresses(
         zone,
         names.frontend,
@@ -468,7 +524,7 @@ def _service_records(platform: Platform) -> Iterator[Record]:
     yield _txt(zone, names.frontend, text, "SPF of the HELO name, which bounces are checked by")
     if members and names.smtp_out != names.frontend:
         yield Record(
-            zone=zone_of(platform, names.smtp_out, "names.smtp_out"),
+            zone=zone_map.of(names.smtp_out, "names.smtp_out"),
             name=names.smtp_out,
             type=RecordType.CNAME,
             ttl=TTL_SHARED,
@@ -476,6 +532,61 @@ def _service_records(platform: Platform) -> Iterator[Record]:
             why="Submission (587) enters through the frontends",
             stage=Stage.SERVICE,
         )
+
+
+def _inbound_records(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]:
+    """What leads mail to smtp-in: its names, the sender domain of forwards, and each MX."""
+    names = platform.names
+    filters = platform.members(Role.RSPAMD)
+    if filters:
+        name = platform.internal_name(Role.RSPAMD)
+        legs = [platform.internal_leg(host) for host in filters]
+        yield from _addresses(
+            zone_map.of(name, "internal name of rspamd"),
+            name,
+            (*(leg.ipv4 for leg in legs), *(leg.ipv6 for leg in legs)),
+            TTL_MEMBERS,
+            "All members of rspamd, for the mail servers that ask them",
+            Stage.SERVICE,
+        )
+    outside = inbound_legs(platform).values()
+    if not outside:
+        return
+    yield from _addresses(
+        zone_map.of(names.smtp_in, "names.smtp_in"),
+        names.smtp_in,
+        (*(leg.ipv4 for leg in outside), *(leg.ipv6 for leg in outside)),
+        TTL_MEMBERS,
+        "All members of smtp-in; no proxy in front, so that they see who sends",
+        Stage.SERVICE,
+    )
+    # Bounces that are forwarded have no sender either, and each member has a HELO name of its own.
+    text = spf_text([f"include:{names.spf}", "-all"])
+    known = senders(platform, inbound=True)
+    for name in dict.fromkeys(known[leg.ipv4] for leg in outside):
+        zone = zone_map.of(name, "HELO name of smtp-in")
+        yield _txt(zone, name, text, "SPF of the HELO name, which bounces are checked by")
+    srs = platform.inbound.srs_domain
+    srs_zone = zone_map.of(srs, "inbound.srs_domain")
+    yield _txt(srs_zone, srs, text, "SPF: forwarded mail is sent from this domain, by us alone")
+    yield _mx(platform, srs_zone, srs, "Bounces of forwarded mail come home through smtp-in")
+    for domain in platform.domains.values():
+        if domain.receives and not domain.retired:
+            zone = zone_map.of(domain.name, "mail domain")
+            yield _mx(platform, zone, domain.name, "Mail for this domain comes in through smtp-in")
+
+
+def _mx(platform: Platform, zone: str, name: str, why: str) -> Record:
+    return Record(
+        zone=zone,
+        name=name,
+        type=RecordType.MX,
+        ttl=TTL_MX,
+        content=platform.names.smtp_in,
+        priority=MX_PREFERENCE,
+        why=why,
+        stage=Stage.MX,
+    )
 
 
 def _addresses(
@@ -575,13 +686,13 @@ def _one_zone(zone: str, group: Sequence[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ptr_records(platform: Platform) -> tuple[Record, ...]:
+def ptr_records(platform: Platform, *, inbound: bool = INBOUND_PUBLISHED) -> tuple[Record, ...]:
     """PTR records of every host and gateway, for whoever holds the reverse zones.
 
     Mail from an address whose PTR does not lead back to it is widely refused, over IPv6 above
     all. Reverse zones are cut at /24 and /64; whose zone is cut elsewhere moves the lines.
     """
-    sending = senders(platform)
+    sending = senders(platform, inbound=inbound)
     found: dict[IPAddress, Record] = {}
     for own in own_names(platform):
         for address in own.addresses:

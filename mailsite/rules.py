@@ -1,20 +1,17 @@
 """Rules that span several objects of a platform.
 
-The model says what one object may look like; here is what must be true of them together. A rule
-is a generator of findings and names the parts of the site data that must be whole for it to make
-sense: with a host that cannot be read, "no host has the role smtp-out" would mislead.
+The model says what one object may look like; here is what must be true of them together. Rules
+about mail that comes in are in :mod:`mailsite.inbound_rules`.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import IPv4Network, ip_network
 from itertools import combinations
-from typing import TypeAlias
 
+from mailsite import inbound_rules
 from mailsite.model import (
     Host,
     Interface,
@@ -26,8 +23,7 @@ from mailsite.model import (
     Subnet4,
     Subnet6,
 )
-
-Location: TypeAlias = tuple[str | int, ...]
+from mailsite.rulebook import Finding, Location, RuleBook, closest
 
 #: Roles whose daemons each want the whole file: a host can have one of them.
 CLAIMS: Mapping[str, tuple[Role, ...]] = {
@@ -56,34 +52,8 @@ SPF_LOOKUPS = 10
 SPF_OWN_LOOKUPS = 3
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A rule that the site data breaks.
-
-    ``location`` leads to the value that is to blame, ``other`` to a second one that it collides
-    with. ``remedy`` says what to write instead.
-    """
-
-    location: Location
-    value: str
-    message: str
-    remedy: str
-    other: Location | None = None
-
-
-Rule: TypeAlias = Callable[[Platform], Iterator[Finding]]
-
-_RULES: list[tuple[frozenset[str], Rule]] = []
-
-
-def rule(*whole: str) -> Callable[[Rule], Rule]:
-    """Register a rule that needs the parts ``whole`` of the site data to be valid."""
-
-    def register(function: Rule) -> Rule:
-        _RULES.append((frozenset(whole), function))
-        return function
-
-    return register
+BOOK = RuleBook()
+rule = BOOK.rule
 
 
 def check(platform: Platform, incomplete: frozenset[str] = frozenset()) -> list[Finding]:
@@ -94,25 +64,10 @@ def check(platform: Platform, incomplete: frozenset[str] = frozenset()) -> list[
     """
     return [
         finding
-        for whole, function in _RULES
+        for whole, function in (*BOOK.rules, *inbound_rules.BOOK.rules)
         if not whole & incomplete
         for finding in function(platform)
     ]
-
-
-def nearest(wrong: str, known: Iterable[str]) -> str | None:
-    """The known word that ``wrong`` is most likely a misspelling of."""
-    near = difflib.get_close_matches(wrong.lower(), list(known), n=1, cutoff=0.6)
-    return near[0] if near else None
-
-
-def closest(wrong: str, known: Iterable[str]) -> str:
-    """The remedy for a misspelt word: the nearest known one, or all of them."""
-    names = [str(k) for k in known]
-    near = nearest(wrong, names)
-    if near is not None:
-        return f"did you mean '{near}'?"
-    return f"known are: {', '.join(names)}" if names else "there is none yet"
 
 
 def _inside(name: str, domain: str) -> bool:
@@ -910,7 +865,8 @@ def spf_covers_every_sender(platform: Platform) -> Iterator[Finding]:
 
 
 _MACRO = r"%(?:\{[slodiphcrtv][0-9]*r?[.+,/_=-]*\}|[%_-])"
-_SPF_NAME = rf"(?:{_MACRO}|[!-$&-.0-~])+"
+_TOP_LABEL = r"\.(?:[a-z0-9]*[a-z][a-z0-9]*|[a-z0-9]+-[a-z0-9-]*[a-z0-9])\.?"
+_SPF_NAME = rf"(?:(?:{_MACRO}|[!-$&-.0-~])+{_TOP_LABEL}|(?:{_MACRO}|[!-$&-.0-~])*{_MACRO})"
 _CIDR = r"(?:/\d{1,2})?(?://\d{1,3})?"
 _SPF_TERM = re.compile(
     rf"[-+~?]?(?:include:{_SPF_NAME}|exists:{_SPF_NAME}|(?:a|mx)(?::{_SPF_NAME})?{_CIDR})"

@@ -26,3 +26,18 @@ def certificate_key(fqdn: str) -> str:
 def ssh_host_key(host: str) -> str:
     """OpenSSH private host key of a virtual machine; used at its first boot only."""
     return f"ssh-host-key/{host}"
+
+
+def srs_key(key: str) -> str:
+    """A key that PostSRSd signs rewritten senders with, one line of text."""
+    return f"srs/{key}"
+
+
+def redis_password() -> str:
+    """Password of the spam filter's Redis and Sentinel, without spaces and quotes."""
+    return "redis/password"
+
+
+def rspamd_controller_hash() -> str:
+    """Hash of the password that Rspamd's controller asks for, as ``rspamadm pw`` prints it."""
+    return "rspamd/controller-hash"

@@ -1,7 +1,8 @@
 """Which secrets a host needs, and what they are called.
 
 Names are plain strings: ``dkim/<domain>/<selector>``, ``sasl/<user>``,
-``certificate/<fqdn>/chain``, ``certificate/<fqdn>/key`` and ``ssh-host-key/<host>``.
+``certificate/<fqdn>/chain``, ``certificate/<fqdn>/key``, ``ssh-host-key/<host>``, ``srs/<key>``,
+``redis/password`` and ``rspamd/controller-hash``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from mailsite.secret_names import (
     certificate_chain,
     certificate_key,
     dkim_key,
+    redis_password,
+    rspamd_controller_hash,
     sasl_hash,
+    srs_key,
     ssh_host_key,
 )
 
@@ -20,8 +24,11 @@ __all__ = [
     "certificate_chain",
     "certificate_key",
     "dkim_key",
+    "redis_password",
     "required",
+    "rspamd_controller_hash",
     "sasl_hash",
+    "srs_key",
     "ssh_host_key",
 ]
 

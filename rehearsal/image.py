@@ -78,6 +78,10 @@ MAIL_PACKAGES: Sequence[str] = (
     "openssh-server",
     "postfix",
     "postfix-lmdb",
+    "postsrsd",
+    "redis-sentinel",
+    "redis-server",
+    "rspamd",
     "unbound",
 )
 """The packages of every tier; :func:`mailsite.bundle.compose` must not name another."""

@@ -14,7 +14,6 @@ from mailsite.fragment import (
     Check,
     CommandHealth,
     Fragment,
-    MapBuild,
     PortRule,
     SecretFile,
     Service,
@@ -25,33 +24,27 @@ from mailsite.fragment import (
 from mailsite.loader import Problem, SiteError
 from mailsite.model import Host, IPNetwork, MailDomain, Platform, Role, TlsLevel
 from mailsite.roles.base import CA_FOLDER, internal_clients
-from mailsite.roles.postfix import QUEUE, QUEUE_UNITS, queue_files, queue_health
-from mailsite.secret_names import certificate_chain, certificate_key, dkim_key, sasl_hash
+from mailsite.roles.postfix import (
+    ALIASES,
+    QUEUE,
+    QUEUE_UNITS,
+    Milter,
+    aliases_map,
+    certificate_check,
+    certificate_file,
+    certificate_path,
+    checks,
+    queue_files,
+    queue_health,
+)
+from mailsite.secret_names import dkim_key, sasl_hash
 
 ROLE = Role.SMTP_OUT.value
 SUBMISSION = 587
 PROXIED_SUBMISSION = 10587
 KEY_FOLDER = "/etc/opendkim/keys"
-ALIASES = "/etc/postfix/aliases"
 UNITS = "/etc/systemd/system"
 CHECK_DKIM = "/usr/local/lib/mail-platform/check-dkim"
-
-# OpenSSL reads the chain and finds out whether the key belongs to it.
-_LOAD_CERTIFICATE = (
-    "import ssl, sys\n"
-    "try: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(sys.argv[1])\n"
-    "except (OSError, ssl.SSLError) as error: sys.exit(f'{sys.argv[1]}: {error}')"
-)
-
-
-@dataclass(frozen=True)
-class Milter:
-    """A mail filter of Postfix. ``default_action`` is what happens to mail while it is away."""
-
-    address: str
-    default_action: str
-    connect_timeout: int
-    why: str
 
 
 @dataclass(frozen=True)
@@ -110,10 +103,6 @@ def proxy_sources(platform: Platform) -> tuple[IPNetwork, ...]:
     return tuple(ip_network(a) for leg in legs for a in (leg.ipv4, leg.ipv6))
 
 
-def certificate_folder(fqdn: str) -> str:
-    return f"/etc/certs/{fqdn}"
-
-
 def fragment(platform: Platform, host: Host) -> Fragment:
     """What makes ``host`` a member of smtp-out."""
     problems = [*_problems(platform, host)]
@@ -121,7 +110,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
         raise SiteError(problems)
     outbound = platform.outbound
     name = platform.names.smtp_out
-    certificate = f"{certificate_folder(name)}/combined.pem"
+    certificate = certificate_path(name)
     files = dict(
         (
             templated(
@@ -141,7 +130,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
             templated(
                 "smtp_out/etc/postfix/master.cf.j2", port=SUBMISSION, proxied=PROXIED_SUBMISSION
             ),
-            templated("smtp_out/etc/postfix/aliases.j2", domain=platform.domain),
+            templated("postfix/etc/postfix/aliases.j2", domain=platform.domain),
             templated("smtp_out/etc/dovecot/dovecot.conf.j2"),
             templated("smtp_out/etc/opendkim.conf.j2"),
             templated("smtp_out/etc/opendkim/signers.j2", signers=signers(platform)),
@@ -155,15 +144,9 @@ def fragment(platform: Platform, host: Host) -> Fragment:
             ),
         )
     )
-    chain, key = certificate_chain(name), certificate_key(name)
     logins = {user: sasl_hash(user) for user in users(platform)}
     secret_files = {
-        # The key is in front of its chain, in one file: a renewal switches both at once.
-        certificate: SecretFile(
-            secrets=(key, chain),
-            template="smtp_out/etc/certs/combined.pem.j2",
-            context={"key": key, "chain": chain},
-        ),
+        certificate: certificate_file(name),
         "/etc/dovecot/sasl-users": SecretFile(
             secrets=tuple(logins.values()),
             group="dovecot",
@@ -186,26 +169,11 @@ def fragment(platform: Platform, host: Host) -> Fragment:
             ),
         ),
         packages=("dovecot-core", "opendkim", "postfix", "postfix-lmdb"),
-        maps=(
-            MapBuild(("postalias", f"lmdb:{ALIASES}"), source=ALIASES, output=f"{ALIASES}.lmdb"),
-        ),
+        maps=(aliases_map(),),
         checks=(
-            Check("postconf", ("postconf", "-n"), ("/etc/postfix/",), stderr_is_failure=True),
-            Check(
-                "postconf-master", ("postconf", "-P"), ("/etc/postfix/",), stderr_is_failure=True
-            ),
-            Check(
-                "postfix",
-                ("postfix", "check"),
-                ("/etc/postfix/", "/etc/certs/"),
-                stderr_is_failure=True,
-            ),
+            *checks(),
             Check("dovecot", ("doveconf", "-n"), ("/etc/dovecot/",), stderr_is_failure=True),
-            Check(
-                "certificate",
-                ("python3", "-I", "-c", _LOAD_CERTIFICATE, certificate),
-                ("/etc/certs/",),
-            ),
+            certificate_check(certificate),
             Check("opendkim", ("opendkim", "-n"), ("/etc/opendkim.conf", "/etc/opendkim/")),
             Check("dkim", (CHECK_DKIM,), ("/etc/opendkim.conf", "/etc/opendkim/")),
         ),

@@ -25,6 +25,10 @@ from tests.render.image import Image
 
 SITES = Path(__file__).resolve().parents[2] / "sites"
 PASSWORD_HASH = "{BLF-CRYPT}$2b$04$abcdefghijklmnopqrstuuTg4oQ0dzZrmuQmMFjCGpjKxUzWHGxS6"
+#: Of the password "invented".
+CONTROLLER_HASH = (
+    "$2$n7cssd3qq1jqc5cnneeuhwny8d179yhm$yty1ibde9966z6eiiatbhyyhr4a56adft7in58jcqtpmusbysx7b"
+)
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +90,10 @@ def secret_values(platform: Platform, host: Host) -> Mapping[str, str]:
                 made[name] = PASSWORD_HASH
             case ["certificate", fqdn, "chain"]:
                 made[name] = certificate(fqdn)
+            case ["srs", given] | ["redis", given]:
+                made[name] = f"invented{given}0123456789abcdef"
+            case ["rspamd", _]:
+                made[name] = CONTROLLER_HASH
             case _:
                 made[name] = key_pem()
     return made

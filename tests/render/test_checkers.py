@@ -10,6 +10,7 @@ import pytest
 from mailsite.bundle import Check, compose
 from mailsite.fragment import File
 from mailsite.model import Platform, Role, TlsLevel
+from mailsite.roles import rspamd
 from tests.render.conftest import Case, all_files, cases, in_rehearsal
 from tests.render.image import Image, Result, Step
 
@@ -45,7 +46,7 @@ def first(role: Role) -> Case:
     return next(c for c in CASES if role in c.host.roles)
 
 
-@pytest.mark.parametrize("role", [Role.SMTP_OUT, Role.FRONTEND])
+@pytest.mark.parametrize("role", [Role.SMTP_OUT, Role.FRONTEND, Role.SMTP_IN, Role.RSPAMD])
 def test_every_checker_accepts_a_host_of_a_rehearsal(image: Image, role: Role) -> None:
     case = first(role)
     platform = in_rehearsal(case.platform)
@@ -156,8 +157,42 @@ FRONTEND_FAULTS = (
     ),
 )
 
+IN_FAULTS = (
+    Fault("postconf", "/etc/postfix/main.cf", "smtpd_helo_required", "smtpd_hello_required", "he"),
+    Fault(
+        "postconf-master",
+        "/etc/postfix/master.cf",
+        "-o content_filter=",
+        "-o contents_filter=",
+        "contents_filter",
+    ),
+    Fault("nginx", "/etc/nginx/nginx.conf", "max_fails=1", "max_fail=1", "/etc/nginx/nginx.conf:"),
+)
 
-FAULTS = {Role.SMTP_OUT: OUT_FAULTS, Role.FRONTEND: FRONTEND_FAULTS}
+RSPAMD_FAULTS = (
+    Fault("rspamd", "/etc/rspamd/local.d/actions.conf", "reject = ", "reject = {", "actions.conf"),
+    Fault(
+        "rspamd-password", rspamd.CONTROLLER, '\npassword = "$2$', '\npassword = "$2$"; #', "hashes"
+    ),
+    Fault("redis", "/etc/redis/redis.conf", "tcp-keepalive", "tcp-keepalife", "redis.conf"),
+    Fault("redis", "/etc/redis/sentinel.conf", "down-after", "down-before", "sentinel.conf"),
+    Fault("redis", "/etc/redis/auth.conf", "requirepass ", "# requirepass ", "auth.conf"),
+    Fault(
+        "systemd",
+        "/etc/systemd/system/rspamd.service.d/mail.conf",
+        "TimeoutStopSec=10",
+        "TimeoutStopSec=soon",
+        "rspamd.service.d/mail.conf",
+    ),
+)
+
+
+FAULTS = {
+    Role.SMTP_OUT: OUT_FAULTS,
+    Role.FRONTEND: FRONTEND_FAULTS,
+    Role.SMTP_IN: IN_FAULTS,
+    Role.RSPAMD: RSPAMD_FAULTS,
+}
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import dkim
 import pytest
 from cryptography.hazmat.primitives import serialization
 
-from mailsite.model import NetworkKind, Role
+from mailsite.model import NetworkKind, Platform, Role
 from mailsite.roles import smtp_out
 from mailsite.roles.base import internal_names, pointers
 from tests.render.conftest import Case, all_files, cases, key
@@ -172,12 +172,17 @@ def test_each_domain_and_its_subdomains_are_signed_once_and_validly(
         assert asked == [f"{signer.selector}._domainkey.{signer.domain}.".encode()]
 
 
+def below_a_signer(platform: Platform, name: str) -> bool:
+    """Subdomains of a domain that signs are signed with it, see the signing table."""
+    return any(name.endswith(f".{signer.domain}") for signer in smtp_out.signers(platform))
+
+
 def test_a_domain_that_does_not_send_is_not_signed(image: Image) -> None:
     silent = [
         (case, domain.name)
         for case in OUT
         for domain in case.platform.domains.values()
-        if not domain.sends
+        if not domain.sends and not below_a_signer(case.platform, domain.name)
     ]
     assert silent
     for case, domain in silent:

@@ -15,17 +15,24 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from mailsite import model
 from mailsite.loader import load_platform
 from mailsite.model import (
+    AddressTarget,
     Base,
     Host,
     Interface,
+    MailboxTarget,
+    MailDomain,
     NetworkKind,
+    Nowhere,
     Platform,
     Prefix,
     Role,
     Route,
     SaslUser,
     SshPublicKey,
+    Target,
     World,
+    answer_octets,
+    parse_target,
 )
 
 EXAMPLE = Path(__file__).parents[2] / "sites" / "example"
@@ -257,3 +264,85 @@ class TestPlatform:
         )
         assert lists.signing_key is not None and lists.signing_key.selector == "s2026"
         assert example.domains["example.com"].signing_key is None
+
+
+class TestTargets:
+    """Where the mail of an address goes."""
+
+    @pytest.mark.parametrize(
+        ("text", "target"),
+        [
+            ("box", MailboxTarget("box")),
+            ("box.1_a", MailboxTarget("box.1_a")),
+            ("box+tag", MailboxTarget("box", "tag")),
+            ("user@example.org", AddressTarget("user", "example.org")),
+            ("User.Name+x@example.org", AddressTarget("User.Name+x", "example.org")),
+            ("/dev/null", Nowhere()),
+        ],
+    )
+    def test_a_target_is_read_and_written_alike(self, text: str, target: Target) -> None:
+        assert parse_target(text) == target
+        assert str(target) == text
+        assert parse_target(target) is target
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            *("", "+", "+tag", "box+", "box+a+b", "Box", "a b", "a,b", "*", "/dev/zero", "|cat"),
+            *(":include:/etc/passwd", "@example.org", "a@", "a@b", "a b@example.org", "-a"),
+            *("a%b@example.org", "a!b@example.org", '"a b"@example.org', "a@b@example.org"),
+            *("a..b@example.org", ".a@example.org", "a.@example.org", "a@Example.org", "a\n"),
+            *("x" * 65 + "@example.org", "ä@example.org", "a@example.org,b@example.org"),
+        ],
+    )
+    def test_what_postfix_could_read_as_something_else_is_refused(self, text: str) -> None:
+        with pytest.raises(ValueError, match="; write"):
+            parse_target(text)
+
+    @given(st.text(max_size=12))
+    def test_whatever_is_read_is_one_word(self, text: str) -> None:
+        try:
+            target = parse_target(text)
+        except ValueError:
+            return
+        assert str(target) == text
+        assert text.isascii() and not any(c.isspace() or c in ',;:|"\\()<>%!' for c in text)
+
+    def test_one_target_or_several(self) -> None:
+        data = {"name": "example.org", "addresses": {"a": "box", "b": ["box", "x@example.net"]}}
+        domain = MailDomain.model_validate(data)
+        assert domain.addresses == {
+            "a": (MailboxTarget("box"),),
+            "b": (MailboxTarget("box"), AddressTarget("x", "example.net")),
+        }
+
+
+class TestAnswers:
+    """Filters of DNSBL answers, in Postfix's notation."""
+
+    @pytest.mark.parametrize(
+        ("text", "last"),
+        [
+            ("127.0.0.2", {2}),
+            ("127.0.0.[2..4]", {2, 3, 4}),
+            ("127.0.0.[2;4..5;255]", {2, 4, 5, 255}),
+        ],
+    )
+    def test_each_part_is_a_set_of_numbers(self, text: str, last: set[int]) -> None:
+        assert answer_octets(text) == ({127}, {0}, {0}, last)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            *("", "127.0.0", "127.0.0.256", "127.0.0.[]", "127.0.0.[3..2]", "127.0.0.[2..]"),
+            *("127.0.0.2/8", "127.0.0.*", "127.0.0.[2,3]", "127.0.0.2 ", "127.0.0.[1..300]"),
+        ],
+    )
+    def test_other_texts_are_refused(self, text: str) -> None:
+        with pytest.raises(ValueError):
+            answer_octets(text)
+
+
+def test_tiers_have_names_inside(example: Platform) -> None:
+    assert example.internal_name(Role.RSPAMD) == "rspamd.hosts.example.org"
+    assert example.maildrop_domain == "maildrop.hosts.example.org"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from mailsite.records import (
     dmarc_text,
     domain_spf,
     find_zone,
+    inbound_legs,
     ptr_records,
     ptr_text,
     public_key_base64,
@@ -72,6 +74,11 @@ BOTH = pytest.mark.parametrize("platform", [EXAMPLE, PROD], ids=lambda p: p.name
 
 def keys(platform: Platform) -> Mapping[str, str]:
     return {f"{d.name}/{k.selector}": PUBLIC for d, k in dkim_keys(platform)}
+
+
+def everything(platform: Platform) -> tuple[Record, ...]:
+    """All records, those that lead mail in among them."""
+    return records(platform, keys(platform), inbound=True)
 
 
 def changed(platform: Platform, **parts: Any) -> Platform:
@@ -144,7 +151,7 @@ def test_a_text_that_no_record_can_hold_is_refused(text: str) -> None:
 def test_every_zone_is_read_by_a_dns_library_and_holds_each_record_once(
     platform: Platform,
 ) -> None:
-    found = records(platform, keys(platform))
+    found = everything(platform)
     texts = zone_text(found).split("$ORIGIN ")[1:]
     assert len(texts) == len({r.zone for r in found})
     count = 0
@@ -158,19 +165,19 @@ def test_every_zone_is_read_by_a_dns_library_and_holds_each_record_once(
 
 
 def test_the_zones_of_the_example_are_as_on_file() -> None:
-    assert zone_text(records(EXAMPLE, keys(EXAMPLE))) == ZONE_FILE.read_text()
+    assert zone_text(everything(EXAMPLE)) == ZONE_FILE.read_text()
 
 
 @BOTH
 def test_every_record_has_a_short_reason_and_a_valid_lifetime(platform: Platform) -> None:
-    for record in records(platform, keys(platform)):
+    for record in everything(platform):
         assert 0 < len(record.why) <= 100
         assert 60 <= record.ttl <= 86400
 
 
 @BOTH
 def test_names_are_fqdns_without_a_trailing_dot_inside_their_zone(platform: Platform) -> None:
-    for record in records(platform, keys(platform)):
+    for record in everything(platform):
         assert not record.name.endswith(".")
         assert record.name == record.zone or record.name.endswith(f".{record.zone}")
         assert record.content == "." or not record.content.endswith(".")
@@ -210,17 +217,19 @@ def test_service_names_lead_to_all_members(platform: Platform) -> None:
 
 @BOTH
 def test_names_of_hosts_come_first_then_policies_then_services(platform: Platform) -> None:
-    for record in records(platform, keys(platform)):
-        if record.name in platform.hosts or record.name in platform.egress:
-            assert record.stage is Stage.HOST
-        elif record.type is RecordType.TXT:
+    for record in everything(platform):
+        if record.type is RecordType.TXT or record.content == ".":
             assert record.stage is Stage.POLICY
-    assert {r.stage for r in static_records(platform)} == set(Stage)
+        elif record.name in platform.hosts or record.name in platform.egress:
+            assert record.stage is Stage.HOST
+        else:
+            assert (record.stage is Stage.MX) == (record.type is RecordType.MX)
+    assert {r.stage for r in static_records(platform, inbound=True)} == set(Stage)
 
 
 @BOTH
 def test_every_domain_has_one_spf_one_dmarc_and_its_keys(platform: Platform) -> None:
-    found = records(platform, keys(platform))
+    found = everything(platform)
     for domain in platform.domains.values():
         assert text_at(found, domain.name).startswith("v=spf1 ")
         assert text_at(found, f"_dmarc.{domain.name}").startswith("v=DMARC1; p=")
@@ -231,7 +240,7 @@ def test_every_domain_has_one_spf_one_dmarc_and_its_keys(platform: Platform) -> 
 
 @BOTH
 def test_keys_of_records_tell_them_apart(platform: Platform) -> None:
-    found = records(platform, keys(platform))
+    found = everything(platform)
     assert len({r.key for r in found}) == len(found)
 
 
@@ -272,7 +281,7 @@ class FakeDns:
 def spf_result(
     monkeypatch: pytest.MonkeyPatch, platform: Platform, address: str, sender: str, helo: str
 ) -> str:
-    monkeypatch.setattr(spf, "DNSLookup", FakeDns(records(platform, keys(platform))))
+    monkeypatch.setattr(spf, "DNSLookup", FakeDns(everything(platform)))
     result, _ = spf.check2(i=address, s=sender, h=helo)
     return str(result)
 
@@ -532,9 +541,9 @@ def test_a_public_key_may_come_as_pem() -> None:
 @BOTH
 def test_every_sending_address_has_a_ptr_that_leads_back_to_it(platform: Platform) -> None:
     forward = {(r.name, r.content) for r in static_records(platform)}
-    pointers = {r.name: r.content for r in ptr_records(platform)}
-    assert senders(platform)
-    for address, name in senders(platform).items():
+    pointers = {r.name: r.content for r in ptr_records(platform, inbound=True)}
+    assert set(senders(platform, inbound=False)) < set(senders(platform, inbound=True))
+    for address, name in senders(platform, inbound=True).items():
         owner = str(dns.reversename.from_address(str(address))).rstrip(".")
         assert pointers[owner] == name
         assert (name, str(address)) in forward
@@ -564,7 +573,7 @@ def test_reverse_zones_are_read_by_a_dns_library(platform: Platform) -> None:
 
 
 def test_members_behind_a_gateway_send_from_it_and_others_as_themselves() -> None:
-    assert set(senders(PROD).values()) == set(PROD.egress)
+    assert set(senders(PROD, inbound=False).values()) == set(PROD.egress)
     member = EXAMPLE.members(Role.SMTP_OUT)[0]
     leg: Interface = member.interfaces[0]
     assert senders(EXAMPLE)[leg.ipv6] == member.name
@@ -577,3 +586,96 @@ def test_a_member_with_two_legs_sends_by_its_public_name() -> None:
     leg = platform.leg(member, NetworkKind.PUBLIC)
     assert leg is not None
     assert senders(platform)[leg.ipv4] == public_name(PROD, member) != member.name
+
+
+# -- inbound ----------------------------------------------------------------------------------
+
+
+def mx(found: Iterable[Record]) -> dict[str, tuple[int | None, str, int]]:
+    return {r.name: (r.priority, r.content, r.ttl) for r in found if r.type is RecordType.MX}
+
+
+@BOTH
+def test_nothing_leads_mail_in_before_the_program_has_who_takes_it(platform: Platform) -> None:
+    before = static_records(platform, inbound=False)
+    after = static_records(platform, inbound=True)
+    assert set(before) < set(after)
+    names = platform.names
+    assert not any(r.stage is Stage.MX or r.name == names.smtp_in for r in before)
+    assert all(content == "." for _, content, _ in mx(before).values())
+    assert before == static_records(platform), "the program publishes these"
+    assert records(platform, keys(platform), inbound=False) == records(platform, keys(platform))
+
+
+@BOTH
+def test_every_domain_that_takes_mail_has_its_mx_at_smtp_in(platform: Platform) -> None:
+    found = static_records(platform, inbound=True)
+    here = (10, platform.names.smtp_in, 86400)
+    wanted = {d.name: here for d in platform.domains.values() if d.receives}
+    wanted |= {d.name: (0, ".", 86400) for d in platform.domains.values() if not d.receives}
+    assert mx(found) == wanted | {platform.inbound.srs_domain: here}
+    assert {r.stage for r in found if r.content == platform.names.smtp_in} == {Stage.MX}
+
+
+@BOTH
+def test_smtp_in_is_all_members_by_their_public_side(platform: Platform) -> None:
+    found = static_records(platform, inbound=True)
+    name = platform.names.smtp_in
+    legs = [platform.leg(h, NetworkKind.PUBLIC) for h in platform.members(Role.SMTP_IN)]
+    wanted = [str(a) for leg in legs if leg for a in (leg.ipv4, leg.ipv6)]
+    here = [r for r in found if r.name == name]
+    assert sorted(r.content for r in here) == sorted(wanted)
+    assert {(r.ttl, r.stage) for r in here} == {(60, Stage.SERVICE)}
+    assert {r.type for r in here} == {RecordType.A, RecordType.AAAA}
+
+
+@BOTH
+def test_rspamd_is_all_members_by_their_internal_side(platform: Platform) -> None:
+    found = static_records(platform, inbound=True)
+    legs = [platform.internal_leg(h) for h in platform.members(Role.RSPAMD)]
+    here = [r for r in found if r.name == f"rspamd.{platform.internal_domain}"]
+    assert {r.content for r in here} == {str(a) for leg in legs for a in (leg.ipv4, leg.ipv6)}
+    assert {r.ttl for r in here} == {60}
+
+
+@BOTH
+def test_forwards_and_bounces_pass_spf_at_each_member_of_smtp_in(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = f"SRS0=abcd=ef=elsewhere.example=user@{platform.inbound.srs_domain}"
+    for leg in inbound_legs(platform).values():
+        for address in (leg.ipv4, leg.ipv6):
+            helo = senders(platform, inbound=True)[address]
+            assert spf_result(monkeypatch, platform, str(address), sender, helo) == "pass"
+            assert spf_result(monkeypatch, platform, str(address), "", helo) == "pass"
+            assert spf_result(monkeypatch, platform, "203.0.113.99", "", helo) == "fail"
+    assert spf_result(monkeypatch, platform, "203.0.113.99", sender, "x.example") == "fail"
+
+
+def test_a_retired_domain_loses_its_mx_and_nothing_else() -> None:
+    old = EXAMPLE.domains["lists.example.net"].model_copy(update={"retired": True})
+    before = static_records(EXAMPLE, inbound=True)
+    after = static_records(with_domain(old), inbound=True)
+    (gone,) = set(before) - set(after)
+    assert (gone.name, gone.type, set(after) < set(before)) == (old.name, RecordType.MX, True)
+
+
+def test_a_platform_that_takes_no_mail_has_no_mx() -> None:
+    hosts = {n: h for n, h in EXAMPLE.hosts.items() if Role.SMTP_IN not in h.roles}
+    found = static_records(changed(EXAMPLE, hosts=hosts), inbound=True)
+    assert all(content == "." for _, content, _ in mx(found).values())
+
+
+def test_an_srs_domain_in_no_zone_of_ours_is_refused() -> None:
+    inbound = EXAMPLE.inbound.model_copy(update={"srs_domain": "srs.example.edu"})
+    with pytest.raises(RecordError, match=r"inbound.srs_domain 'srs.example.edu' lies in none"):
+        static_records(changed(EXAMPLE, inbound=inbound), inbound=True)
+
+
+def test_the_records_of_five_thousand_domains_are_no_effort() -> None:
+    more = {f"d{n}.example": MailDomain(name=f"d{n}.example", sends=False) for n in range(5000)}
+    platform = changed(EXAMPLE, domains={**EXAMPLE.domains, **more})
+    start = time.process_time()
+    found = static_records(platform, inbound=True)
+    assert time.process_time() - start < 5
+    assert len(mx(found)) > 5000

@@ -21,6 +21,12 @@ def variables(template: str) -> set[str]:
     return meta.find_undeclared_variables(environment(TEMPLATES).parse(text)) - {"template"}
 
 
+def included(template: str) -> set[str]:
+    text = (TEMPLATES / template).read_text(encoding="utf-8")
+    parsed = environment(TEMPLATES).parse(text)
+    return {part for part in meta.find_referenced_templates(parsed) if part}
+
+
 def test_every_file_of_the_template_folder_is_a_template() -> None:
     files = {str(p.relative_to(TEMPLATES)) for p in TEMPLATES.rglob("*") if p.is_file()}
     assert files == set(ALL)
@@ -62,7 +68,8 @@ def test_every_template_is_used_and_lands_at_its_own_path() -> None:
         bundle = compose(platform, host)
         used |= {f.template: path for path, f in bundle.files.items()}
         used |= {f"templates/{f.template}": p for p, f in bundle.secret_files.items() if f.template}
-    assert set(used) - {"agent/mail_agent.py"} == {f"templates/{name}" for name in ALL}
+    parts = {f"templates/{part}" for name in ALL for part in included(name)}
+    assert set(used) - {"agent/mail_agent.py"} | parts == {f"templates/{name}" for name in ALL}
     for template, path in used.items():
         # One certificate file per name: its folder is not in the template's path.
         if template.startswith("templates/") and "/etc/certs/" not in template:

@@ -11,9 +11,10 @@ import spf  # type: ignore[import-untyped]
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mailsite import rules
+from mailsite import inbound_rules, loader, rules
 from mailsite.loader import SiteError, load_platform
 from mailsite.model import Platform, Role
+from mailsite.rulebook import Rule, RuleBook, closest
 from tests.unit.test_loader import EXAMPLE, cases, patch
 
 PROD = EXAMPLE.parent / "prod"
@@ -28,9 +29,10 @@ def test_every_rule_is_broken_by_some_bad_site(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken: set[str] = set()
-    original = list(rules._RULES)
+    books = (rules, inbound_rules)
+    original = [entry for book in books for entry in book.BOOK.rules]
 
-    def watch(function: rules.Rule) -> rules.Rule:
+    def watch(function: Rule) -> Rule:
         def watched(platform: Platform):  # type: ignore[no-untyped-def]
             for finding in function(platform):
                 broken.add(function.__name__)
@@ -38,8 +40,10 @@ def test_every_rule_is_broken_by_some_bad_site(
 
         return watched
 
-    monkeypatch.setattr(rules, "_RULES", [(whole, watch(f)) for whole, f in original])
-    for number, case in enumerate(cases("rules")):
+    for book in books:
+        watched = [(whole, watch(f)) for whole, f in book.BOOK.rules]
+        monkeypatch.setattr(book, "BOOK", RuleBook(watched))
+    for number, case in enumerate([*cases("rules"), *cases("inbound")]):
         folder = Path(shutil.copytree(EXAMPLE, tmp_path / str(number)))
         for change in case["patch"] if isinstance(case["patch"], list) else [case["patch"]]:
             patch(folder, change)
@@ -52,7 +56,7 @@ def test_rules_need_no_part_that_is_not_named() -> None:
     """With any one or two parts of the data gone, the other rules still run, and find nothing."""
     platform = load_platform(PROD)
     values = {name: getattr(platform, name) for name in Platform.model_fields}
-    collections = {"sites", "networks", "egress", "hypervisors", "hosts", "domains", "sasl_users"}
+    collections = loader.COLLECTIONS
     for gone in combinations(Platform.model_fields, 2):
         left = {
             k: ({} if k in collections else None) if k in gone else v for k, v in values.items()
@@ -114,6 +118,9 @@ BAD_TERMS = [
     "include: example.net",
     "includes:example.net",
     "a:",
+    "a:1",
+    "mx:192.0.2.1",
+    "include:localhost",
     "exists",
     "mx:example.net mx",
     "all",
@@ -159,6 +166,11 @@ class TestSpfTerms:
 
 
 def test_a_misspelt_word_finds_the_nearest_or_all() -> None:
-    assert rules.closest("gatway", ["prefix", "gateway"]) == "did you mean 'gateway'?"
-    assert rules.closest("zzz", ["prefix", "gateway"]) == "known are: prefix, gateway"
-    assert rules.closest("zzz", []) == "there is none yet"
+    assert closest("gatway", ["prefix", "gateway"]) == "did you mean 'gateway'?"
+    assert closest("zzz", ["prefix", "gateway"]) == "known are: prefix, gateway"
+    assert closest("zzz", []) == "there is none yet"
+
+
+def test_of_many_known_words_a_few_are_shown() -> None:
+    told = closest("zzz", [f"name{n}" for n in range(5000)])
+    assert told.startswith("known are 5000, among them name0, name1") and len(told) < 150

@@ -57,6 +57,17 @@ def test_it_differs_from_prod_where_the_code_could_take_things_for_granted(
     assert any(len(d.dkim) > 1 for d in example.domains.values())
 
 
+def test_inbound_mail_differs_from_prod_too(example: Platform) -> None:
+    prod = load_platform(SITES / "prod")
+    assert example.spam.greylist is not prod.spam.greylist
+    assert not {d.zone for d in example.inbound.dnsbl} & {d.zone for d in prod.inbound.dnsbl}
+    assert not set(example.mailboxes) & set(prod.mailboxes)
+    alias = example.domains["office.example.org"]
+    assert alias.alias_of and alias.addresses and not alias.sends
+    catching = [d for d in example.domains.values() if "*" in d.addresses]
+    assert [d.dns_zone != d.name for d in catching] == [True]
+
+
 def test_addresses_are_documentation_ones_and_leave_the_rehearsal_its_own(
     example: Platform,
 ) -> None:

@@ -9,8 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from mailsite.aliases import DISCARD_ADDRESS, virtual_aliases
 from mailsite.loader import load_platform
-from mailsite.model import Host, NetworkKind, Platform, Role, TlsLevel
+from mailsite.model import (
+    AddressTarget,
+    Host,
+    MailboxTarget,
+    NetworkKind,
+    Nowhere,
+    Platform,
+    Role,
+    TlsLevel,
+)
+from mailsite.records import static_records
 
 PROD = Path(__file__).parents[2] / "sites" / "prod"
 
@@ -22,13 +33,18 @@ def prod() -> Platform:
     return load_platform(PROD)
 
 
+def listing(kind: str) -> list[str]:
+    """The lines of a published listing, from the site's own README."""
+    text = (PROD / "README.md").read_text()
+    (found,) = re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)
+    return str(found).splitlines()
+
+
 @pytest.fixture(scope="module")
 def published() -> Records:
-    """The published records, read from the listing in the site's own README."""
-    text = (PROD / "README.md").read_text()
-    (listing,) = re.findall(r"```dns\n(.*?)```", text, re.DOTALL)
+    """The published records."""
     records: Records = defaultdict(list)
-    for line in listing.splitlines():
+    for line in listing("dns"):
         name, _ttl, _class, kind, data = line.split(maxsplit=4)
         records[name.rstrip("."), kind].append(data.rstrip("."))
     return records
@@ -49,6 +65,21 @@ def test_service_addresses_are_the_published_ones(prod: Platform, published: Rec
     assert public(prod, prod.members(Role.SMTP_IN)) == addresses(published, prod.names.smtp_in)
     assert public(prod, prod.members(Role.FRONTEND)) == addresses(published, prod.names.frontend)
     assert len(addresses(published, internal)) == 6
+
+
+def test_the_program_publishes_the_published_records(prod: Platform) -> None:
+    """All but those of tiers that are still to come."""
+    found = {
+        (r.name, str(r.ttl), r.type.value, r.rdata.rstrip("."))
+        for r in static_records(prod, inbound=True)
+    }
+    missing = []
+    for line in listing("dns"):
+        name, ttl, _class, kind, data = line.split(maxsplit=4)
+        if (name.rstrip("."), ttl, kind, data.rstrip(".")) not in found:
+            missing.append(f"{name} {kind}")
+    mailboxes = f"maildrop.{prod.internal_domain}."
+    assert missing == [f"{prod.names.imap}. CNAME", f"{mailboxes} MX", f"{mailboxes} MX"]
 
 
 def test_services_behind_the_frontends_point_there(prod: Platform, published: Records) -> None:
@@ -80,6 +111,52 @@ def test_published_mail_domains_receive_and_sign(prod: Platform, published: Reco
 def test_one_domain_never_sends(prod: Platform) -> None:
     (silent,) = [d for d in prod.domains.values() if not d.sends]
     assert not silent.dkim and not silent.receives
+
+
+def test_published_addresses_lead_where_they_did(prod: Platform) -> None:
+    table = virtual_aliases(prod)
+    rows = [line.split() for line in listing("virtual")]
+    assert len(rows) == 13
+    for address, targets in rows:
+        if address.startswith("@"):
+            alias, target = address.removeprefix("@"), targets.removeprefix("@")
+            assert prod.domains[alias].alias_of == target
+            known = [k.rpartition("@")[0] for k in table if k.endswith(f"@{target}")]
+            assert {f"{k}@{alias}": (f"{k}@{target}",) for k in known} == {
+                k: v for k, v in table.items() if k.endswith(f"@{alias}")
+            }
+        else:
+            expected = targets.replace("/dev/null", DISCARD_ADDRESS).split(",")
+            assert list(table[address]) == expected
+
+
+def test_block_lists_are_the_published_ones_in_their_order(prod: Platform) -> None:
+    rows = listing("dnsbl")
+    assert len(rows) == len(prod.inbound.dnsbl) == 7
+    for row, dnsbl in zip(rows, prod.inbound.dnsbl, strict=True):
+        zone, _, answers = row.split()[-1].partition("=")
+        assert (f"reject_{dnsbl.kind}", dnsbl.zone) == (row.split()[-2], zone)
+        assert dnsbl.warn_only == row.startswith("warn_if_reject ")
+        assert dnsbl.answers == (answers or "127.0.0.2")
+
+
+def test_doubtful_mail_is_greylisted_tagged_or_refused(prod: Platform) -> None:
+    assert prod.spam.greylist
+    assert 0 < prod.spam.scores.greylist < prod.spam.scores.add_header < prod.spam.scores.reject
+
+
+def test_forwards_have_a_sender_domain_of_their_own(prod: Platform) -> None:
+    assert prod.inbound.srs_domain.endswith(f".{prod.domain}")
+    assert prod.inbound.srs_domain not in prod.domains
+
+
+def test_inbound_mail_has_every_kind_of_address(prod: Platform) -> None:
+    receiving = [d for d in prod.domains.values() if d.receives]
+    targets = [t for d in receiving for ts in d.addresses.values() for t in ts]
+    assert {type(t) for t in targets} == {MailboxTarget, AddressTarget, Nowhere}
+    assert any(len(ts) > 1 for d in receiving for ts in d.addresses.values())
+    assert any("*" in d.addresses for d in receiving)
+    assert {t.mailbox for t in targets if isinstance(t, MailboxTarget)} == set(prod.mailboxes)
 
 
 def test_maildrop_replicas_are_the_published_pair(prod: Platform, published: Records) -> None:
