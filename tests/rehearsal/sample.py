@@ -34,6 +34,7 @@ def document() -> dict[str, Any]:
         },
         "spf": {"ipv4": ["100.80.3.0/24"], "ipv6": ["2001:db8:3::/48"]},
         "outbound": {"primary": f"a.net.{DOMAIN}"},
+        "inbound": {"srs_domain": f"srs.{DOMAIN}"},
         "management": {"networks": ["10.79.0.0/24", "fd79::/64"]},
         "site_local": {"ipv4": "10.70.0.0/16", "ipv6": "fd70::/16"},
         "sites": {"north": {"description": "north"}, "south": {"description": "south"}},
