@@ -189,8 +189,9 @@ class Scratch:
         )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def machine_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scratch]:
+    # Not longer than these tests last: the names are the whole process's.
     if os.geteuid() != 0 or shutil.which("systemd-nspawn") is None:
         pytest.skip("machines need root and systemd-nspawn")
     with pytest.MonkeyPatch.context() as patch:
