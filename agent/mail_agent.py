@@ -1415,7 +1415,9 @@ class Health:
             deadline = start + float(health.get("timeout", 10))
             pause = 0.02
             while (seen := self.ask(health, deadline - time.monotonic())) is not None:
-                if time.monotonic() >= deadline:
+                # What systemd has given up does not come back by waiting.
+                given_up = health["kind"] == "unit" and seen.endswith(("is failed", "is inactive"))
+                if given_up or time.monotonic() >= deadline:
                     problems.append(seen)
                     break
                 time.sleep(pause)
@@ -1893,14 +1895,15 @@ def follow(system: System, store: Store, text: str, label: str, lockout: int) ->
             words = (tested.err or tested.out).strip()
             raise Refused(f"{AGENT_PATH}: the new agent fails its own test: {words}")
     unit = f"mail-agent-{folder.name}"
+    # When the run is killed, this undoes what it left.
+    ended = f"test ! -e {store.transaction.folder} || {sys.executable} -IB {program} _ended"
     started = system.run(
         [
             "systemd-run", "--quiet", "--collect", f"--unit={unit}", "--service-type=exec",
             "--property=KillMode=mixed", f"--property=RuntimeMaxSec={RUN_SECONDS}",
             "--description=Apply a configuration of the mail platform",
             "--property=SyslogIdentifier=mail-agent",
-            # When the run is killed, this undoes what it left.
-            f"--property=ExecStopPost={sys.executable} -IB {program} _ended",
+            f"--property=ExecStopPost=/bin/sh -c '{ended}'",
             sys.executable, "-IB", str(program), "_run", folder.name, label or "-", str(lockout),
         ]
     )  # fmt: skip
@@ -1911,8 +1914,8 @@ def follow(system: System, store: Store, text: str, label: str, lockout: int) ->
         # systemd has called the agent to undo it, but that may have been killed along with it.
         agent = Agent(system, print)
         with store.locked(agent.say):
-            ended = agent.settle() or "nothing is left of it"
-        raise AgentError(f"the run was killed; {ended}; see the journal of {unit}")
+            settled = agent.settle() or "nothing is left of it"
+        raise AgentError(f"the run was killed; {settled}; see the journal of {unit}")
     return code
 
 
