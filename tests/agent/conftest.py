@@ -6,6 +6,7 @@ and does not disturb it.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -26,6 +27,8 @@ from tests.agent.fake import bundle, check, service
 AGENT_FOLDER = Path(__file__).parents[2] / "agent"
 AGENT = "/usr/local/sbin/mail-agent"
 STATE = "/var/lib/mail-agent"
+
+LOCK = Path("/run/lock/mail-agent-test")
 
 NGINX, UNBOUND, RESOLV = "/etc/nginx/nginx.conf", "/etc/unbound/unbound.conf", "/etc/resolv.conf"
 
@@ -194,7 +197,9 @@ def machine_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scratch]:
     # Not longer than these tests last: the names are the whole process's.
     if os.geteuid() != 0 or shutil.which("systemd-nspawn") is None:
         pytest.skip("machines need root and systemd-nspawn")
-    with pytest.MonkeyPatch.context() as patch:
+    # Another run of these tests would take this one's machine for a dead one's, and remove it.
+    with LOCK.open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         patch.setattr(network, "MACHINE_PREFIX", "mail-agent-test-")
         patch.setattr(machine, "_GROUP", "mail-agent-test")
         layers = image.ensure(Progress())
