@@ -924,7 +924,7 @@ class Sandbox:
                 built.add(build.command)
                 done = self.system.run(build.command)
                 if done.code != 0:
-                    words = done.err + done.out
+                    words = done.err.strip() or done.out.strip()
                     return {"outputs": {}, "failed": {"name": build.source, "words": words}}
             output = Path(build.output)
             if not output.is_file():
@@ -939,7 +939,8 @@ class Sandbox:
             }
         for check in checks:
             done = self.system.run(check.command, timeout=120)
-            words = (done.err.strip() + "\n" + done.out.strip()).strip()
+            # Many print the whole configuration to standard output.
+            words = done.err.strip() or done.out.strip()
             if done.code != 0 or (check.stderr_is_failure and done.err.strip()):
                 return {"outputs": outputs, "failed": {"name": check.name, "words": words}}
         return {"outputs": outputs, "failed": None}

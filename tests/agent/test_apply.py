@@ -67,6 +67,18 @@ def test_a_wrong_configuration_is_refused_before_anything_sees_it(host: Scratch)
     assert host.ask() == "one"
 
 
+def test_a_warning_is_a_refusal_where_the_bundle_says_so(host: Scratch) -> None:
+    chatty = {**check("chatty", "/etc/nginx"), "command": ["sh", "-c", "echo all; echo bad >&2"]}
+    host.applied(host.bundle(answer="two", checks=[chatty]))
+    done = host.apply(host.bundle(checks=[{**chatty, "stderr_is_failure": True}]))
+    assert done.returncode == 4
+    # What it says on standard output is no complaint.
+    assert done.stdout.splitlines()[1:] == [
+        "mail-agent: chatty refuses the change:",
+        "mail-agent: bad",
+    ]
+
+
 def test_an_unhealthy_change_is_taken_back_within_20_seconds(
     host: Scratch, record_property: pytest.RecordProperty
 ) -> None:
