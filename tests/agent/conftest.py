@@ -210,7 +210,7 @@ def machine_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scratch]:
             scratch.boot()
             yield scratch
         finally:
-            scratch.machine.destroy()
+            machine.destroy_all(state)
 
 
 def _furnish(root: Path) -> None:
