@@ -605,7 +605,12 @@ def test_a_running_world_takes_on_a_new_zone(
     wider.update(update)
     assert outside.ask(f"s1._domainkey.{Sender.domain}", "TXT").secure
     world.up()
-    assert outside.ask("www.added.example.edu", "A").rcode == "NXDOMAIN"
+    # Resolvers outside remember an answer for a second.
+    wait_for(
+        lambda: outside.ask("www.added.example.edu", "A").rcode == "NXDOMAIN",
+        timeout=5,
+        what="the zone to be gone",
+    )
 
 
 def test_a_site_in_a_zone_of_the_world_is_refused(
