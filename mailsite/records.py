@@ -12,7 +12,7 @@ that learn a key later than the rest.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
@@ -494,7 +494,7 @@ def _service_records(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]:
         yield from _addresses(
             zone_map.of(name, "internal name of smtp-out"),
             name,
-            (*(leg.ipv4 for leg in legs), *(leg.ipv6 for leg in legs)),
+            addresses_of(legs),
             TTL_MEMBERS,
             "All members of smtp-out, for servers inside",
             Stage.SERVICE,
@@ -513,7 +513,7 @@ def _service_records(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]:
     yield from _addresses(
         zone,
         names.frontend,
-        (*(leg.ipv4 for leg in legs), *(leg.ipv6 for leg in legs)),
+        addresses_of(legs),
         TTL_FRONTEND,
         "All frontends: the public entrance of the services behind them",
         Stage.SERVICE,
@@ -544,7 +544,7 @@ def _inbound_records(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]:
         yield from _addresses(
             zone_map.of(name, "internal name of rspamd"),
             name,
-            (*(leg.ipv4 for leg in legs), *(leg.ipv6 for leg in legs)),
+            addresses_of(legs),
             TTL_MEMBERS,
             "All members of rspamd, for the mail servers that ask them",
             Stage.SERVICE,
@@ -555,7 +555,7 @@ def _inbound_records(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]:
     yield from _addresses(
         zone_map.of(names.smtp_in, "names.smtp_in"),
         names.smtp_in,
-        (*(leg.ipv4 for leg in outside), *(leg.ipv6 for leg in outside)),
+        addresses_of(outside),
         TTL_MEMBERS,
         "All members of smtp-in; no proxy in front, so that they see who sends",
         Stage.SERVICE,
@@ -587,6 +587,11 @@ def _mx(platform: Platform, zone: str, name: str, why: str) -> Record:
         why=why,
         stage=Stage.MX,
     )
+
+
+def addresses_of(legs: Collection[Interface]) -> tuple[IPAddress, ...]:
+    """The addresses of ``legs`` in the order of publication: all IPv4, then all IPv6."""
+    return (*(leg.ipv4 for leg in legs), *(leg.ipv6 for leg in legs))
 
 
 def _addresses(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, ip_address
 
 import dns.exception
 import dns.flags
@@ -116,7 +116,3 @@ def describe_dns(error: Exception) -> str:
 
 def family(address: IPAddress) -> str:
     return "IPv4" if isinstance(address, IPv4Address) else "IPv6"
-
-
-def is_ipv6(address: IPAddress) -> bool:
-    return isinstance(address, IPv6Address)

@@ -23,7 +23,7 @@ from mailsite.fragment import (
     templated,
 )
 from mailsite.model import Host, IPAddress, IPNetwork, Platform, Role
-from mailsite.records import own_names
+from mailsite.records import addresses_of, own_names
 
 ROLE = "base"
 AGENT = "/usr/local/sbin/mail-agent"
@@ -142,11 +142,8 @@ def internal_names(platform: Platform) -> tuple[LocalName, ...]:
     members = platform.members(Role.SMTP_OUT)
     if members:
         legs = [platform.internal_leg(member) for member in members]
-        addresses: tuple[IPAddress, ...] = (
-            *(leg.ipv4 for leg in legs),
-            *(leg.ipv6 for leg in legs),
-        )
-        found.append(LocalName(f"{Role.SMTP_OUT}.{platform.internal_domain}", addresses))
+        name = f"{Role.SMTP_OUT}.{platform.internal_domain}"
+        found.append(LocalName(name, addresses_of(legs)))
     return tuple(found)
 
 

@@ -13,7 +13,6 @@ import hashlib
 import http.client
 import json
 import shutil
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from email.message import EmailMessage
@@ -447,13 +446,6 @@ class World:
             text = path.read_text(encoding="utf-8")
             for line in text[: text.rfind("\n") + 1].splitlines():
                 yield Event(**json.loads(line))
-
-    def forget_messages(self) -> None:
-        """Remove every message that was received so far."""
-        for mx in plan.MAIL_SERVERS:
-            for path in self._mail_folder(mx).glob("*"):
-                if stat.S_ISREG(path.lstat().st_mode):
-                    path.unlink(missing_ok=True)
 
     def set(self, mx: str, mode: Mode | str) -> None:
         """Change what a mail server does; returns when it does so."""
