@@ -1,4 +1,4 @@
-"""The mail platform, read from top to bottom as the path of a mail that leaves it."""
+"""The mail platform, read from top to bottom as the path of a mail: out of it, and into it."""
 
 from pathlib import Path
 
@@ -10,8 +10,10 @@ from components.host import Access, ClusterArgs, Fleet
 from components.mail_dns import MailDns, MailDnsArgs, ZoneData, unpublished
 from components.nginx_streams import NginxStreams
 from components.operator import clear_errors
+from components.rspamd import RspamdCluster
 from components.secrets import SecretStore, SecretStoreArgs
 from components.settings import Settings
+from components.smtp_in import SmtpInCluster
 from components.smtp_out import SmtpOutCluster
 from components.vm import Hypervisors, HypervisorsArgs
 from mailsite.records import Stage, ptr_text, static_records
@@ -47,13 +49,23 @@ def cluster(after: list[pulumi.Resource]) -> ClusterArgs:
 names = dns(Stage.HOST, after=[])
 policy = dns(Stage.POLICY, after=[])
 
+# What leaves and what comes in passes the spam filter. Without it mail flows on unfiltered, so
+# nothing waits for it but the MX.
+rspamd = RspamdCluster("rspamd", cluster(after=names.done))
+
 # A user submits to a frontend, which passes the stream on to smtp-out, which signs and delivers.
 # A frontend is healthy only if a member answers through it, so the members come first.
 smtp_out = SmtpOutCluster("smtp-out", cluster(after=[*names.done, *policy.done]))
 frontends = NginxStreams("nginx-streams", cluster(after=smtp_out.done))
 
-# The public names of the services lead somewhere only once there is somebody to answer.
-dns(Stage.SERVICE, after=[*smtp_out.done, *frontends.done])
+# Other people's servers bring mail to smtp-in, which forwards it or leads it to the mailboxes.
+smtp_in = SmtpInCluster("smtp-in", cluster(after=[*names.done, *policy.done]))
+
+# The public names of the services lead somewhere only once there is somebody to answer; last of
+# all the mail of the domains is led here.
+everyone = [*rspamd.done, *smtp_out.done, *frontends.done, *smtp_in.done]
+services = dns(Stage.SERVICE, after=everyone)
+dns(Stage.MX, after=[*everyone, *services.done])
 
 pulumi.export("zones", zone_data.text)
 pulumi.export("reverse_zones", ptr_text(platform))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,12 @@ import pulumi_tls as tls
 from mailsite import secret_names
 from mailsite.model import Platform
 from mailsite.records import dkim_keys
+from mailsite.rspamd_password import SALT_BYTES, password_hash
 
-_PASSWORD_LENGTH = 32  # bcrypt reads 72 bytes
+_PASSWORD_LENGTH = 32  # bcrypt reads 72 bytes, Rspamd 64
+
+
+_CERTIFICATE = "certificate/"
 
 
 class MissingSecretsError(ValueError):
@@ -35,7 +40,7 @@ class SecretStoreArgs:
 
 
 class SecretStore(pulumi.ComponentResource):
-    """DKIM keys, ssh host keys, SASL passwords and certificates, by name.
+    """DKIM keys, ssh host keys, passwords and certificates, by name.
 
     Names are those of :mod:`mailsite.secret_names`. A generated secret stays the same from run to
     run; its password hash too, so that no push happens for a fresh salt.
@@ -76,9 +81,15 @@ class SecretStore(pulumi.ComponentResource):
                 self._put(secret, password.bcrypt_hash.apply(lambda h: "{BLF-CRYPT}" + h))
                 self.passwords[user.name] = pulumi.Output.secret(password.result)
         for secret in args.needed:
-            if secret not in self._private and not self._take(args.given, secret):
+            if secret in self._private or self._take(args.given, secret):
+                continue
+            if secret == secret_names.rspamd_controller_hash():
+                self._put(secret, self._controller_hash(args.given, child))
+            elif secret.startswith(_CERTIFICATE):
                 # Only previews come here, see require(): the certificate is not there yet.
                 self._put(secret, _unknown())
+            else:
+                self._put(secret, _password(secret, child))
         #: Makes the digests of secret bundles useless to whoever guesses at their content.
         self.digest_key: pulumi.Output[str] = pulumi.Output.secret(
             random.RandomPassword("digest-key", length=64, special=False, opts=child).result
@@ -96,6 +107,20 @@ class SecretStore(pulumi.ComponentResource):
     def public(self, name: str) -> pulumi.Output[str]:
         """The public half of a key pair: PEM of a DKIM key, OpenSSH line of a host key."""
         return self._public[name]
+
+    def _controller_hash(
+        self, given: Mapping[str, pulumi.Output[str]], child: pulumi.ResourceOptions
+    ) -> pulumi.Output[str]:
+        """The hash of the controller's password, the same from run to run."""
+        plain = secret_names.rspamd_controller_password()
+        if plain not in self._private and not self._take(given, plain):
+            self._put(plain, _password(plain, child))
+        salt = f"{secret_names.rspamd_controller_hash()}-salt"
+        return pulumi.Output.all(self._private[plain], _password(salt, child)).apply(
+            lambda both: password_hash(
+                both[0], hashlib.sha256(both[1].encode()).digest()[:SALT_BYTES]
+            )
+        )
 
     def _put(
         self,
@@ -115,6 +140,13 @@ class SecretStore(pulumi.ComponentResource):
         return True
 
 
+def _password(name: str, opts: pulumi.ResourceOptions) -> pulumi.Output[str]:
+    """A password of letters and digits alone, which every configuration file takes as it is."""
+    return random.RandomPassword(
+        name.replace("/", "-"), length=_PASSWORD_LENGTH, special=False, opts=opts
+    ).result
+
+
 def _unknown() -> pulumi.Output[str]:
     value: Any = pulumi.UNKNOWN
     return pulumi.Output.from_input(value)
@@ -129,7 +161,7 @@ def require(needed: Iterable[str], given: Mapping[str, pulumi.Output[str]]) -> N
         MissingSecretsError: an update lacks a certificate.
     """
     missing = sorted(
-        name for name in set(needed) if name.startswith("certificate/") and name not in given
+        name for name in set(needed) if name.startswith(_CERTIFICATE) and name not in given
     )
     if not missing:
         return

@@ -19,7 +19,12 @@ from mailsite.loader import load_platform
 from mailsite.model import Platform
 
 _ZONE_ID = re.compile(r"[0-9a-f]{32}")
-_SECRET_NAME = re.compile(r"(dkim/[^/]+/[^/]+|sasl/[^/]+|ssh-host-key/[^/]+)")
+_SECRET_NAME = re.compile(
+    r"(dkim/[^/]+/[^/]+|sasl/[^/]+|ssh-host-key/[^/]+|srs/[^/]+|redis/password"
+    r"|rspamd/controller-password)"
+)
+#: Those that go into configuration files as they are.
+_WORD = re.compile(r"(srs/.*|redis/password|rspamd/controller-password)")
 _SECRET_KEYS = ("secrets", "certificates", "deployKey")
 _CERTIFICATE_PARTS = {
     "chain": secret_names.certificate_chain,
@@ -160,7 +165,8 @@ def _secrets(config: pulumi.Config) -> Mapping[str, pulumi.Output[str]]:
         if not _SECRET_NAME.fullmatch(name):
             raise SettingsError(
                 f"mail:secrets: {name!r} is no secret of the platform; write"
-                " 'dkim/<domain>/<selector>', 'sasl/<user>' or 'ssh-host-key/<host>'"
+                " 'dkim/<domain>/<selector>', 'sasl/<user>', 'ssh-host-key/<host>', 'srs/<key>',"
+                " 'redis/password' or 'rspamd/controller-password'"
             )
         if not isinstance(value, str) or not value.strip():
             raise SettingsError(f"mail:secrets: {name} is no text; set it with --secret --path")
@@ -168,6 +174,11 @@ def _secrets(config: pulumi.Config) -> Mapping[str, pulumi.Output[str]]:
             raise SettingsError(
                 f"mail:secrets: {name} is no Dovecot hash; write the output of:"
                 " doveadm pw -s BLF-CRYPT"
+            )
+        if _WORD.fullmatch(name) and not re.fullmatch(r"[A-Za-z0-9]{16,64}", value):
+            raise SettingsError(
+                f"mail:secrets: {name} is no word of 16 to 64 letters and digits; write the output"
+                " of: openssl rand -hex 24"
             )
     return {name: pulumi.Output.secret(value) for name, value in found.items()}
 

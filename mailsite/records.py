@@ -43,10 +43,6 @@ TTL_MEMBERS = 60
 TTL_MX = 86400
 MX_PREFERENCE = 10
 
-#: Whether the records that lead mail to smtp-in are published. They stay out until the program
-#: has the tiers that take it: an MX without a server behind it turns mail away.
-INBOUND_PUBLISHED = False
-
 _SPF_TERM = re.compile(
     r"[+?~-]?(?:include:\S+|a|a[:/]\S+|mx|mx[:/]\S+|ptr|ptr:\S+|ip4:\S+|ip6:\S+|exists:\S+)"
     r"|(?:exp|redirect)=\S+",
@@ -244,7 +240,7 @@ def inbound_legs(platform: Platform) -> Mapping[str, Interface]:
     return {name: leg for name, leg in legs if leg is not None}
 
 
-def senders(platform: Platform, *, inbound: bool = INBOUND_PUBLISHED) -> Mapping[IPAddress, str]:
+def senders(platform: Platform) -> Mapping[IPAddress, str]:
     """Addresses that deliver mail to the outside, with the name that their PTR must give.
 
     Members of smtp-out with a site-local first leg leave through the egress gateways, others as
@@ -259,9 +255,8 @@ def senders(platform: Platform, *, inbound: bool = INBOUND_PUBLISHED) -> Mapping
         else:
             for name, egress in platform.egress.items():
                 found |= {egress.ipv4: name, egress.ipv6: name}
-    if inbound:
-        for host_name, leg in inbound_legs(platform).items():
-            found |= {a: names.get(a, host_name) for a in (leg.ipv4, leg.ipv6)}
+    for host_name, leg in inbound_legs(platform).items():
+        found |= {a: names.get(a, host_name) for a in (leg.ipv4, leg.ipv6)}
     return found
 
 
@@ -387,28 +382,21 @@ def dkim_record(
 # -- the whole ---------------------------------------------------------------------------------
 
 
-def static_records(platform: Platform, *, inbound: bool = INBOUND_PUBLISHED) -> tuple[Record, ...]:
-    """Every record but the DKIM keys, in reading order. Checked by :func:`check`.
-
-    ``inbound``: with those that lead mail to smtp-in.
-    """
+def static_records(platform: Platform) -> tuple[Record, ...]:
+    """Every record but the DKIM keys, in reading order. Checked by :func:`check`."""
     zone_map = ZoneMap(platform)
     found = (
         *_host_records(platform, zone_map),
         *_policy_records(platform, zone_map),
         *_service_records(platform, zone_map),
-        *(_inbound_records(platform, zone_map) if inbound else ()),
+        *_inbound_records(platform, zone_map),
     )
     check(found)
     return found
 
 
-def records(
-    platform: Platform, dkim_public: Mapping[str, str], *, inbound: bool = INBOUND_PUBLISHED
-) -> tuple[Record, ...]:
+def records(platform: Platform, dkim_public: Mapping[str, str]) -> tuple[Record, ...]:
     """Every record of the platform. ``dkim_public``: ``domain/selector`` -> public key.
-
-    ``inbound``: with those that lead mail to smtp-in.
 
     Raises:
         RecordError: a key is missing, or the records contradict each other.
@@ -420,7 +408,7 @@ def records(
         if label not in dkim_public:
             raise RecordError(f"no public key given for DKIM key {label!r}")
         keys.append(dkim_record(platform, domain, key, dkim_public[label], zone_map))
-    found = (*static_records(platform, inbound=inbound), *keys)
+    found = (*static_records(platform), *keys)
     check(found)
     return found
 
@@ -562,7 +550,7 @@ def _inbound_records(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]:
     )
     # Bounces that are forwarded have no sender either, and each member has a HELO name of its own.
     text = spf_text([f"include:{names.spf}", "-all"])
-    known = senders(platform, inbound=True)
+    known = senders(platform)
     for name in dict.fromkeys(known[leg.ipv4] for leg in outside):
         zone = zone_map.of(name, "HELO name of smtp-in")
         yield _txt(zone, name, text, "SPF of the HELO name, which bounces are checked by")
@@ -691,13 +679,13 @@ def _one_zone(zone: str, group: Sequence[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ptr_records(platform: Platform, *, inbound: bool = INBOUND_PUBLISHED) -> tuple[Record, ...]:
+def ptr_records(platform: Platform) -> tuple[Record, ...]:
     """PTR records of every host and gateway, for whoever holds the reverse zones.
 
     Mail from an address whose PTR does not lead back to it is widely refused, over IPv6 above
     all. Reverse zones are cut at /24 and /64; whose zone is cut elsewhere moves the lines.
     """
-    sending = senders(platform, inbound=inbound)
+    sending = senders(platform)
     found: dict[IPAddress, Record] = {}
     for own in own_names(platform):
         for address in own.addresses:

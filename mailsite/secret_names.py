@@ -38,6 +38,11 @@ def redis_password() -> str:
     return "redis/password"
 
 
+def rspamd_controller_password() -> str:
+    """The password that Rspamd's controller asks for, known to those that train it."""
+    return "rspamd/controller-password"
+
+
 def rspamd_controller_hash() -> str:
     """Hash of the password that Rspamd's controller asks for, as ``rspamadm pw`` prints it."""
     return "rspamd/controller-hash"

@@ -2,7 +2,7 @@
 
 Names are plain strings: ``dkim/<domain>/<selector>``, ``sasl/<user>``,
 ``certificate/<fqdn>/chain``, ``certificate/<fqdn>/key``, ``ssh-host-key/<host>``, ``srs/<key>``,
-``redis/password`` and ``rspamd/controller-hash``.
+``redis/password``, ``rspamd/controller-password`` and ``rspamd/controller-hash``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from mailsite.secret_names import (
     dkim_key,
     redis_password,
     rspamd_controller_hash,
+    rspamd_controller_password,
     sasl_hash,
     srs_key,
     ssh_host_key,
@@ -27,6 +28,7 @@ __all__ = [
     "redis_password",
     "required",
     "rspamd_controller_hash",
+    "rspamd_controller_password",
     "sasl_hash",
     "srs_key",
     "ssh_host_key",

@@ -139,11 +139,10 @@ def internal_names(platform: Platform) -> tuple[LocalName, ...]:
         for own in own_names(platform)
         if own.name in platform.hosts
     ]
-    members = platform.members(Role.SMTP_OUT)
-    if members:
-        legs = [platform.internal_leg(member) for member in members]
-        name = f"{Role.SMTP_OUT}.{platform.internal_domain}"
-        found.append(LocalName(name, addresses_of(legs)))
+    for role in (Role.SMTP_OUT, Role.RSPAMD):
+        legs = [platform.internal_leg(member) for member in platform.members(role)]
+        if legs:
+            found.append(LocalName(platform.internal_name(role), addresses_of(legs)))
     return tuple(found)
 
 

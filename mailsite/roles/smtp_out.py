@@ -34,8 +34,10 @@ from mailsite.roles.postfix import (
     certificate_file,
     certificate_path,
     checks,
+    filter_relay,
     queue_files,
     queue_health,
+    spam_filter,
 )
 from mailsite.secret_names import dkim_key, sasl_hash
 
@@ -61,16 +63,19 @@ class Signer:
         return self.domain.replace(".", "-")
 
 
-def milters() -> tuple[Milter, ...]:
-    """The filters that submitted mail passes, in this order."""
-    return (
-        Milter(
-            address="inet:127.0.0.1:8891",
-            default_action="tempfail",
-            connect_timeout=5,
-            why="OpenDKIM signs; without it nothing may leave",
-        ),
+def signer() -> Milter:
+    """OpenDKIM on this machine."""
+    return Milter(
+        address="inet:127.0.0.1:8891",
+        default_action="tempfail",
+        connect_timeout=5,
+        why="OpenDKIM signs; without it nothing may leave",
     )
+
+
+def milters() -> tuple[Milter, ...]:
+    """The filters that submitted mail passes, in this order: what is signed has been looked at."""
+    return (spam_filter(), signer())
 
 
 def signers(platform: Platform) -> tuple[Signer, ...]:
@@ -111,6 +116,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
     outbound = platform.outbound
     name = platform.names.smtp_out
     certificate = certificate_path(name)
+    relay = filter_relay(platform, host)
     files = dict(
         (
             templated(
@@ -125,6 +131,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 tls=outbound.tls.value,
                 dane=outbound.tls is TlsLevel.DANE,
                 milters=milters(),
+                signer=signer(),
                 aliases=ALIASES,
             ),
             templated(
@@ -160,7 +167,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
     }
     return Fragment(
         role=ROLE,
-        files=files | dict(queue_files(host)),
+        files=files | dict(queue_files(host)) | dict(relay.files),
         secret_files=secret_files,
         ports=(
             PortRule(SUBMISSION, internal_clients(platform), "submission: our own networks"),
@@ -168,7 +175,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 PROXIED_SUBMISSION, proxy_sources(platform), "submission with PROXY: frontends"
             ),
         ),
-        packages=("dovecot-core", "opendkim", "postfix", "postfix-lmdb"),
+        packages=("dovecot-core", "opendkim", "postfix", "postfix-lmdb", *relay.packages),
         maps=(aliases_map(),),
         checks=(
             *checks(),
@@ -176,6 +183,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
             certificate_check(certificate),
             Check("opendkim", ("opendkim", "-n"), ("/etc/opendkim.conf", "/etc/opendkim/")),
             Check("dkim", (CHECK_DKIM,), ("/etc/opendkim.conf", "/etc/opendkim/")),
+            *relay.checks,
         ),
         services=(
             Service(
@@ -190,6 +198,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 restart_on=("/etc/opendkim.conf", f"{UNITS}/opendkim.service.d/"),
                 order=31,
             ),
+            *relay.services,
             Service(
                 "postfix.service",
                 reload_on=("/etc/postfix/", "/etc/certs/", CA_FOLDER),
@@ -210,6 +219,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
             UnitHealth("dovecot.service"),
             UnitHealth("opendkim.service"),
             TcpHealth("127.0.0.1", 8891),
+            *relay.health,
             CommandHealth(("postfix", "status")),
             TcpHealth("127.0.0.1", SUBMISSION, expect=f"220 {name} ESMTP"),
             TcpHealth("::1", SUBMISSION, expect=f"220 {name} ESMTP"),

@@ -37,7 +37,7 @@ def live_config(stack: str, /, **changes: Any) -> dict[str, Any]:
     return config | {
         "live": "true",
         "deployKey": f"KEY {MARK}",
-        "certificates": {names.smtp_out: certificate},
+        "certificates": {names.smtp_out: certificate, names.smtp_in: certificate},
         **changes,
     }
 

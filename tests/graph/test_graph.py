@@ -33,7 +33,7 @@ from .graph import (
     build,
 )
 
-CLUSTERS = (Role.SMTP_OUT, Role.FRONTEND)
+CLUSTERS = (Role.RSPAMD, Role.SMTP_OUT, Role.FRONTEND, Role.SMTP_IN)
 
 
 def command(graph: Graph, host: str, step: str) -> Registration:
@@ -78,8 +78,10 @@ def test_names_and_types_follow_one_scheme(graph: Graph) -> None:
             assert found.type.startswith("mail:index:")
     hosts = graph.of_type("mail:index:Host")
     assert {graph.registrations[h.parent].type for h in hosts} == {
-        "mail:index:SmtpOutCluster",
         "mail:index:NginxStreams",
+        "mail:index:RspamdCluster",
+        "mail:index:SmtpInCluster",
+        "mail:index:SmtpOutCluster",
     }
 
 
@@ -165,17 +167,38 @@ def test_keys_and_policies_are_published_before_mail_is_signed(
             assert graph.reaches(push, record.urn), f"{push.name} before {record.name}"
 
 
+@pytest.mark.parametrize("stage", ["service", "mx"])
 def test_service_names_appear_once_every_member_is_healthy(
-    graphs: Callable[[str, bool], Graph],
+    graphs: Callable[[str, bool], Graph], stage: str
 ) -> None:
     graph = graphs("prod", False)
-    services = [r for r in graph.of_type(DNS_RECORD) if r.parent.endswith("::dns-service")]
+    records = [r for r in graph.of_type(DNS_RECORD) if r.parent.endswith(f"::dns-{stage}")]
     done = [r for r in graph.of_type(COMMAND) if r.name.endswith("-confirm")]
-    assert services
-    assert len(done) == 6
-    for record in services:
+    assert records
+    assert len(done) == len(graph.of_type("mail:index:Host"))
+    for record in records:
         for member in done:
             assert graph.reaches(record, member.urn)
+
+
+def test_the_mx_comes_last_of_all_records(graphs: Callable[[str, bool], Graph]) -> None:
+    graph = graphs("prod", False)
+    last = [r for r in graph.of_type(DNS_RECORD) if r.parent.endswith("::dns-mx")]
+    others = [r for r in graph.of_type(DNS_RECORD) if r not in last]
+    assert len(last) > 1
+    for record in last:
+        assert record.inputs["type"] == "MX"
+        assert all(graph.reaches(record, other.urn) for other in others)
+
+
+def test_clusters_change_side_by_side(graph: Graph, platform: Platform) -> None:
+    """But for the frontends, none waits for another: a spam filter that is away stops no mail."""
+    apart = (Role.RSPAMD, Role.SMTP_OUT, Role.SMTP_IN)
+    for role in apart:
+        start = command(graph, platform.members(role)[0].name, "config")
+        for other in (o for o in apart if o is not role):
+            for member in platform.members(other):
+                assert not graph.reaches(start, command(graph, member.name, "config").urn)
 
 
 def test_no_dependency_is_circular(graph: Graph) -> None:
@@ -371,13 +394,20 @@ def test_no_secret_is_visible_in_any_input(graph: Graph) -> None:
         assert MARK not in found.visible, found.urn
 
 
-def test_the_marked_secrets_do_arrive_where_they_are_needed(graph: Graph) -> None:
-    pushes = [r for r in graph.of_type(COMMAND) if r.name.endswith("-secrets")]
-    for push in pushes:
-        document = push.inputs["stdin"]
-        assert f"PEM {MARK} dkim-" in document
-        assert f"-----BEGIN KEY----- {MARK}" in document
-        assert "{BLF-CRYPT}$2a$10$" in document
+def test_the_marked_secrets_do_arrive_where_they_are_needed(
+    graph: Graph, platform: Platform
+) -> None:
+    certificate = f"-----BEGIN KEY----- {MARK}"
+    wanted = {
+        Role.SMTP_OUT: (f"PEM {MARK} dkim-", certificate, "{BLF-CRYPT}$2a$10$"),
+        Role.SMTP_IN: (f"{MARK} srs-", certificate),
+        Role.RSPAMD: (f"requirepass {MARK} redis-password", 'password = \\"$1$'),
+    }
+    for role, texts in wanted.items():
+        for host in platform.members(role):
+            document = command(graph, host.name, "secrets").inputs["stdin"]
+            for text in texts:
+                assert text in document, f"{host.name}: {text}"
     for disk in graph.of_type(CLOUD_INIT):
         assert f"OPENSSH {MARK}" in disk.inputs["userData"]
         assert "userData" in disk.secret
@@ -408,7 +438,12 @@ def test_every_domain_key_and_login_is_generated_where_none_is_given(
         found = graph.one(PRIVATE_KEY, f"dkim-{domain.name}-{key.selector}")
         assert (found.inputs["algorithm"], found.inputs["rsaBits"]) == ("RSA", key.bits)
     logins = {f"sasl-{u.name}" for u in platform.sasl_users.values() if u.password_hash is None}
-    assert {r.name for r in graph.of_type(PASSWORD)} == {*logins, "digest-key"}
+    inbound = {f"srs-{key}" for key in platform.inbound.srs_keys} | {
+        "redis-password",
+        "rspamd-controller-password",
+        "rspamd-controller-hash-salt",
+    }
+    assert {r.name for r in graph.of_type(PASSWORD)} == {*logins, *inbound, "digest-key"}
     assert set(graph.outputs["sasl_passwords"]) == {n.removeprefix("sasl-") for n in logins}
 
 

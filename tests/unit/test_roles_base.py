@@ -199,10 +199,11 @@ def test_every_host_is_known_by_name_and_address() -> None:
             assert f'local-data-ptr: "{address} 300 {host.name}."' in text
 
 
-def test_the_cluster_has_one_internal_name_for_all_members() -> None:
-    (cluster,) = (n for n in base.internal_names(PLATFORM) if n.name not in PLATFORM.hosts)
-    assert cluster.name == f"smtp-out.{PLATFORM.internal_domain}"
-    members = PLATFORM.members(Role.SMTP_OUT)
+@pytest.mark.parametrize("role", [Role.SMTP_OUT, Role.RSPAMD])
+def test_a_cluster_has_one_internal_name_for_all_members(role: Role) -> None:
+    name = f"{role}.{PLATFORM.internal_domain}"
+    (cluster,) = (n for n in base.internal_names(PLATFORM) if n.name == name)
+    members = PLATFORM.members(role)
     assert {str(a) for a in cluster.addresses} == {a for m in members for a in own(m)}
 
 

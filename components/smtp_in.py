@@ -1,0 +1,20 @@
+"""The inbound tier: the MX of the mail domains."""
+
+from __future__ import annotations
+
+import pulumi
+
+from components.host import ClusterArgs, rolling
+from mailsite.model import Role
+
+
+class SmtpInCluster(pulumi.ComponentResource):
+    """Interchangeable members, changed one at a time. ``done``: all of them serve."""
+
+    def __init__(
+        self, name: str, args: ClusterArgs, opts: pulumi.ResourceOptions | None = None
+    ) -> None:
+        super().__init__("mail:index:SmtpInCluster", name, {}, opts)
+        members = rolling(self, args.fleet.members(Role.SMTP_IN), args)
+        self.done = [member.done for member in members]
+        self.register_outputs({})
