@@ -1,0 +1,5 @@
+import sys
+
+from pairsync.cli import main
+
+sys.exit(main())

@@ -1,0 +1,139 @@
+"""Commands to the local Dovecot, over the unix socket of its doveadm service.
+
+The protocol is doveadm's own (``doveadm-server``, version 1.2): tab-separated words, tab-escaped;
+the answer comes in packets of two channels, the command's output and what it logged. A listener
+of mode 0600 asks for no password. Other than the HTTP API it tells why a command failed, and
+gives the state of a run that saw changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_HELLO = "VERSION\tdoveadm-server\t1\t2\n"
+_LOG = ord("L")
+_PACKET = struct.Struct(">BI")
+_ERRORS = "\x04\x05\x06"
+_CONNECT_SECONDS = 5.0
+_LIMIT = 1 << 20
+_ESCAPES = {"\x01": "\x011", "\t": "\x01t", "\r": "\x01r", "\n": "\x01n"}
+
+
+class DovecotError(Exception):
+    """Dovecot's doveadm service does not answer as it should."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """``code``: doveadm's name of the exit code, empty for success. ``log``: its errors."""
+
+    code: str
+    values: tuple[str, ...]
+    log: str
+
+
+def escape(word: str) -> str:
+    return "".join(_ESCAPES.get(c, c) for c in word)
+
+
+def unescape(word: str) -> str:
+    for plain, escaped in reversed(_ESCAPES.items()):
+        if plain != "\x01":
+            word = word.replace(escaped, plain)
+    return word.replace("\x011", "\x01")
+
+
+class Doveadm:
+    """The doveadm service behind ``socket``."""
+
+    def __init__(self, socket: Path) -> None:
+        self.socket = socket
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection that nothing was sent on. Raises :class:`DovecotError`."""
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                return await asyncio.open_unix_connection(str(self.socket), limit=_LIMIT)
+        except TimeoutError:
+            raise DovecotError(f"{self.socket}: no answer; is Dovecot overloaded?") from None
+        except OSError as error:
+            raise DovecotError(
+                f"{self.socket}: {error.strerror}; does Dovecot run, with the listener that "
+                "pairsync/README.md shows?"
+            ) from error
+
+    @staticmethod
+    def leave(writer: asyncio.StreamWriter) -> None:
+        """Close a connection that nothing was sent on, so that Dovecot logs no error."""
+        writer.write(_HELLO.encode())
+        writer.close()
+
+    async def run(self, user: str, *words: str) -> Reply:
+        """Run a command for a user (empty: none) and return its answer.
+
+        Raises :class:`DovecotError`. The caller limits the time.
+        """
+        reader, writer = await self.connect()
+        try:
+            return await self._run(reader, writer, ("", user, *words))
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise DovecotError(f"{self.socket}: the connection broke off") from error
+        finally:
+            writer.transport.abort()
+
+    async def users(self) -> list[str]:
+        """Every user that Dovecot knows."""
+        reply = await self.run("", "user", "*")
+        if reply.code:
+            raise DovecotError(f"doveadm user: {reply.log or reply.code}")
+        try:
+            return [str(user) for user in json.loads(reply.values[0])["userList"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DovecotError(f"doveadm user: {reply.values[0][:80]!r} is no list") from error
+
+    async def _run(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, words: Sequence[str]
+    ) -> Reply:
+        writer.write(_HELLO.encode())
+        while True:
+            line = await reader.readuntil(b"\n")
+            if line == b"+\n":
+                break
+            if not line.startswith(b"VERSION\tdoveadm-client\t1\t"):
+                raise DovecotError(
+                    f"{self.socket}: {line.decode(errors='replace').strip()!r} instead of a "
+                    "greeting; the listener must have mode 0600 exactly, else it wants a password"
+                )
+        writer.write(("\t".join(map(escape, words)) + "\n").encode())
+        output, log = bytearray(), bytearray()
+        while (code := _ending(output)) is None:
+            channel, length = _PACKET.unpack(await reader.readexactly(_PACKET.size))
+            (log if channel == _LOG else output).extend(await reader.readexactly(length))
+        text = bytes(output[: output.rindex(b"\n", 0, len(output) - 1)]).decode(errors="replace")
+        values = tuple(unescape(v) for v in text.strip("\n").split("\t"))
+        return Reply(code, values, _errors(log.decode(errors="replace")))
+
+
+def _ending(output: bytearray) -> str | None:
+    """The exit code's name where the output is whole: its last line is ``+`` or ``-CODE``."""
+    if not output.endswith(b"\n"):
+        return None
+    lines = output[:-1].rsplit(b"\n", 1)
+    if len(lines) < 2:
+        return None
+    last = lines[1]
+    if last == b"+":
+        return ""
+    if last.startswith(b"-"):
+        return last[1:].decode(errors="replace") or "UNKNOWN"
+    return None
+
+
+def _errors(log: str) -> str:
+    lines = [line[1:] for line in log.splitlines() if line[:1] and line[0] in _ERRORS]
+    return " / ".join(lines[-3:])

@@ -1,0 +1,49 @@
+-- Dovecot's push notification: leave a marker for a user whose mailbox changed.
+-- Runs in Dovecot's mail processes, before the client gets its answer. A marker is an empty file
+-- named after the user. It is opened to append and nothing is written: its time stays that of
+-- the first change, it takes no space, and closing it wakes the daemon each time.
+-- A disk that takes no new file must not keep mail out: then the marker goes to /run.
+
+local folders = { "/var/lib/pairsync/dirty/", "/run/pairsync/dirty/" }
+
+local function file_name(user)
+  local name = user:gsub("[^%w@_+=.-]", function(c) return string.format("%%%02X", c:byte()) end)
+  return (name:gsub("^%.", "%%2E"))
+end
+
+local function mark(user)
+  local name, said = file_name(user.username), nil
+  for _, folder in ipairs(folders) do
+    local file, problem = io.open(folder .. name, "a")
+    if file then
+      file:close()
+      return
+    end
+    said = said or problem
+  end
+  dovecot.i_warning("pairsync: cannot mark " .. user.username .. " as changed: " .. said)
+end
+
+function dovecot_lua_notify_begin_txn(user)
+  return user
+end
+
+function dovecot_lua_notify_end_txn(user, success)
+  mark(user)
+end
+
+-- Dovecot tells of those changes only for which there is a function.
+local function noted(user, event) end
+
+dovecot_lua_notify_event_message_new = noted
+dovecot_lua_notify_event_message_append = noted
+dovecot_lua_notify_event_message_expunge = noted
+dovecot_lua_notify_event_message_read = noted
+dovecot_lua_notify_event_message_trash = noted
+dovecot_lua_notify_event_flags_set = noted
+dovecot_lua_notify_event_flags_clear = noted
+dovecot_lua_notify_event_mailbox_create = noted
+dovecot_lua_notify_event_mailbox_delete = noted
+dovecot_lua_notify_event_mailbox_rename = noted
+dovecot_lua_notify_event_mailbox_subscribe = noted
+dovecot_lua_notify_event_mailbox_unsubscribe = noted

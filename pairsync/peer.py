@@ -1,0 +1,224 @@
+"""The other server, as this one sees it: is it there, and connections to it for runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pairsync.config import Config
+from pairsync.link import (
+    LINE_LIMIT,
+    Closed,
+    Identity,
+    LinkError,
+    Reader,
+    Tls,
+    Writer,
+    greet,
+    receive,
+    send,
+)
+
+_CONNECT_SECONDS = 2.0
+_ANSWER_SECONDS = 6.0
+_RETRY_FIRST, _RETRY_MAX = 0.3, 1.5
+_IDLE_SECONDS = 300.0
+
+
+class PeerBusy(Exception):
+    """The peer is at this user itself."""
+
+
+class PeerAway(Exception):
+    """The peer cannot be reached at the moment."""
+
+
+@dataclass(frozen=True)
+class Grant:
+    """The peer agrees to a run. ``deleted``: Sieve scripts that were deleted there -> when."""
+
+    reader: Reader
+    writer: Writer
+    deleted: Mapping[str, float]
+
+
+class Peer:
+    """Keeps one connection for heartbeats, and a few more that runs can take at once.
+
+    ``on_up`` is called with who answers, ``on_down`` when the peer is lost.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tls: Tls,
+        secret: Callable[[], bytes],
+        me: Identity,
+        on_up: Callable[[Identity], None],
+        on_down: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._tls = tls
+        self._secret = secret
+        self._me = me
+        self._on_up = on_up
+        self._on_down = on_down
+        self._idle: deque[tuple[float, Reader, Writer]] = deque()
+        self._wanted = asyncio.Event()
+        self.up = False
+        self.changed_at = time.time()
+        self.problem = "not tried yet"
+        self.round_trip = 0.0
+
+    async def keep(self) -> None:
+        """Connect, send heartbeats, and begin anew whenever the peer is lost; never returns."""
+        wait = _RETRY_FIRST
+        while True:
+            try:
+                reader, writer, who = await self._connect()
+            except (LinkError, PeerAway) as error:
+                self.problem = str(error)
+            else:
+                wait = _RETRY_FIRST
+                await self._watch(reader, writer, who)
+            await asyncio.sleep(wait)
+            wait = min(_RETRY_MAX, wait * 1.5)
+
+    async def open_run(self, user: str, silence: float, deleted: Mapping[str, float]) -> Grant:
+        """Ask for a run. Raises :class:`PeerBusy`, :class:`PeerAway`, :class:`LinkError`."""
+        request = {"do": "run", "user": user, "silence": silence, "deleted": dict(deleted)}
+        while True:
+            kept, reader, writer = await self._take()
+            try:
+                await send(writer, request)
+                answer = await receive(reader, _ANSWER_SECONDS)
+            except (OSError, LinkError) as error:
+                writer.transport.abort()
+                if kept and isinstance(error, (Closed, OSError)):
+                    continue
+                raise error if isinstance(error, LinkError) else LinkError(str(error)) from error
+            except BaseException:
+                writer.transport.abort()
+                raise
+            if answer.get("busy"):
+                writer.transport.abort()
+                raise PeerBusy
+            return Grant(reader, writer, _times(answer.get("deleted")))
+
+    async def keep_idle(self) -> None:
+        """Have connections ready, so that no run waits for a handshake; never returns."""
+        while True:
+            await self._wanted.wait()
+            self._drop_old()
+            if not self.up or len(self._idle) >= self._config.sync.parallel:
+                self._wanted.clear()
+                continue
+            try:
+                reader, writer, _ = await self._connect()
+            except (LinkError, PeerAway):
+                await asyncio.sleep(_RETRY_FIRST)
+                continue
+            if self.up:
+                self._idle.append((time.monotonic(), reader, writer))
+            else:
+                writer.transport.abort()
+
+    async def _take(self) -> tuple[bool, Reader, Writer]:
+        self._drop_old()
+        self._wanted.set()
+        if self._idle:
+            _, reader, writer = self._idle.popleft()
+            return True, reader, writer
+        if not self.up:
+            raise PeerAway(self.problem)
+        reader, writer, _ = await self._connect()
+        return False, reader, writer
+
+    def _drop_old(self) -> None:
+        while self._idle and (
+            self._idle[0][0] < time.monotonic() - _IDLE_SECONDS
+            or self._idle[0][1].at_eof()
+            or self._idle[0][2].is_closing()
+        ):
+            self._idle.popleft()[2].transport.abort()
+
+    async def _connect(self) -> tuple[Reader, Writer, Identity]:
+        peer = self._config.peer
+        where = peer.address or peer.name
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                reader, writer = await asyncio.open_connection(
+                    where,
+                    peer.port,
+                    ssl=self._tls.client,
+                    server_hostname=peer.name,
+                    ssl_shutdown_timeout=1.0,
+                    limit=LINE_LIMIT,
+                )
+        except TimeoutError:
+            raise PeerAway(f"{where}: no answer within {_CONNECT_SECONDS:g} s") from None
+        except ssl.SSLCertVerificationError as error:
+            raise LinkError(f"{peer.name}: certificate refused: {error.verify_message}") from error
+        except (OSError, ssl.SSLError) as error:
+            raise PeerAway(f"{where}: {error.strerror or error}") from error
+        try:
+            without_delay(writer)
+            who = await greet(reader, writer, self._secret(), self._me, _ANSWER_SECONDS)
+            if who.name != peer.name:
+                raise LinkError(f"it calls itself {who.name}, not {peer.name}: see both `name`s")
+        except OSError as error:
+            writer.transport.abort()
+            raise PeerAway(f"{where}: {error}") from error
+        except BaseException:
+            writer.transport.abort()
+            raise
+        return reader, writer, who
+
+    async def _watch(self, reader: Reader, writer: Writer, who: Identity) -> None:
+        beat = self._config.heartbeat
+        lost = ""
+        try:
+            await send(writer, {"do": "watch"})
+            self.up, self.problem, self.changed_at = True, "", time.time()
+            self._wanted.set()
+            self._on_up(who)
+            number = 0
+            while True:
+                number += 1
+                began = time.monotonic()
+                await send(writer, {"ping": number})
+                await receive(reader, beat.lost_after)
+                self.round_trip = time.monotonic() - began
+                self._wanted.set()
+                await asyncio.sleep(beat.interval)
+        except (OSError, LinkError) as error:
+            lost = str(error)
+        finally:
+            writer.transport.abort()
+            self.up, self.changed_at = False, time.time()
+            self.problem = f"lost: {lost}"
+            while self._idle:
+                self._idle.popleft()[2].transport.abort()
+            self._on_down()
+
+
+def _times(document: Any) -> dict[str, float]:
+    if not isinstance(document, dict):
+        return {}
+    return {str(name): float(when) for name, when in document.items()}
+
+
+def without_delay(writer: Writer) -> None:
+    """Send small pieces at once, and notice dead connections that nobody writes to."""
+    with contextlib.suppress(OSError):
+        raw = writer.get_extra_info("socket")
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)

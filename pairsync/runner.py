@@ -1,0 +1,200 @@
+"""One run: from the marker to dsync's answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pairsync.config import Config
+from pairsync.doveadm import Doveadm, DovecotError, Reply
+from pairsync.link import LinkError, Reader, Writer
+from pairsync.peer import Grant, Peer, PeerAway, PeerBusy
+from pairsync.relay import Traffic, relay, silence
+from pairsync.schedule import Job, Outcome, Turns
+from pairsync.sieve import ScriptError, Scripts
+from pairsync.state import States
+
+_TURN_SECONDS = 2.0
+_LAST_BYTES_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. ``seconds`` it took, ``bytes`` it moved, ``words`` say what went wrong."""
+
+    outcome: Outcome
+    seconds: float
+    bytes: int
+    words: str
+
+
+class _Slot:
+    """A unix socket that one run at a time hands to doveadm as its destination."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._came: asyncio.Future[tuple[Reader, Writer]] | None = None
+        self._server: asyncio.Server | None = None
+
+    async def open(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(self._accept, str(self.path))
+        self.path.chmod(0o600)
+
+    def expect(self) -> asyncio.Future[tuple[Reader, Writer]]:
+        self._came = asyncio.get_running_loop().create_future()
+        return self._came
+
+    def _accept(self, reader: Reader, writer: Writer) -> None:
+        if self._came is None or self._came.done():
+            writer.transport.abort()
+            return
+        self._came.set_result((reader, writer))
+
+
+class _Carrier:
+    """The part of a run in which dsync works."""
+
+    def __init__(self, slot: _Slot, grant: Grant, traffic: Traffic, seconds: float) -> None:
+        self._slot = slot
+        self._grant = grant
+        self._traffic = traffic
+        self._seconds = seconds
+
+    async def sync(self, doveadm: Doveadm, user: str, state: str) -> Reply | None:
+        """What dsync answers; None where nothing was sent for too long."""
+        limit = str(max(1, round(self._seconds)))
+        words = ["sync", *([] if state else ["-f"]), "-l", limit, "-T", limit, "-s", state]
+        came = self._slot.expect()
+        command = asyncio.create_task(doveadm.run(user, *words, f"tcp:{self._slot.path}"))
+        carrying = asyncio.create_task(self._carry(came))
+        waiting = asyncio.create_task(silence(self._traffic, self._seconds))
+        try:
+            await asyncio.wait((command, waiting), return_when=asyncio.FIRST_COMPLETED)
+            if not command.done():
+                return None
+            if came.done():
+                await asyncio.wait((carrying,), timeout=_LAST_BYTES_SECONDS)
+            return command.result()
+        finally:
+            for task in (command, carrying, waiting):
+                task.cancel()
+            await asyncio.gather(command, carrying, waiting, return_exceptions=True)
+
+    async def _carry(self, came: asyncio.Future[tuple[Reader, Writer]]) -> None:
+        local = await came
+        try:
+            await relay(local, (self._grant.reader, self._grant.writer), self._traffic)
+        finally:
+            local[1].transport.abort()
+
+
+class Runner:
+    """Does runs. ``released`` is notified when a turn ends."""
+
+    def __init__(
+        self,
+        config: Config,
+        doveadm: Doveadm,
+        peer: Peer,
+        turns: Turns,
+        released: asyncio.Condition,
+        states: States,
+        scripts: Scripts | None,
+    ) -> None:
+        self._config = config
+        self._doveadm = doveadm
+        self._peer = peer
+        self._turns = turns
+        self._released = released
+        self._states = states
+        self._scripts = scripts
+        self._slots = [
+            _Slot(config.files.run / f"slot-{number}") for number in range(config.sync.parallel)
+        ]
+
+    async def start(self) -> None:
+        """Make the sockets. Raises OSError."""
+        for slot in self._slots:
+            await slot.open()
+
+    async def run(self, job: Job) -> Result:
+        """Do a run; whatever happens is in the result. Cancelled, it leaves nothing behind."""
+        began = time.monotonic()
+        traffic = Traffic()
+        slot = self._slots.pop()
+        try:
+            outcome, words = await self._run(job, slot, traffic)
+        except PeerBusy:
+            outcome, words = Outcome.BUSY, ""
+        except (LinkError, ScriptError, OSError) as error:
+            outcome, words = Outcome.FAILED, str(error)
+        except (PeerAway, DovecotError) as error:
+            outcome, words = Outcome.PUT_OFF, str(error)
+        finally:
+            self._slots.append(slot)
+        return Result(outcome, time.monotonic() - began, traffic.bytes, words)
+
+    async def _run(self, job: Job, slot: _Slot, traffic: Traffic) -> tuple[Outcome, str]:
+        if not await self._begin(job.user):
+            return Outcome.BUSY, ""
+        try:
+            deleted = dict(self._states.of(job.user).deleted)
+            sync, state = self._config.sync, "" if job.full else self._states.of(job.user).sync
+            seconds = sync.silence if state else sync.silence_full
+            grant = await self._peer.open_run(job.user, seconds, deleted)
+            try:
+                self._turns.granted(job.user)
+                await self._delete_scripts(job.user, {**deleted, **grant.deleted})
+                traffic.count(0)
+                carrier = _Carrier(slot, grant, traffic, seconds)
+                reply = await carrier.sync(self._doveadm, job.user, state)
+                if reply is None:
+                    return Outcome.STALLED, f"nothing moved for {seconds:g} s"
+                return self._judge(job, reply, deleted, state, traffic)
+            finally:
+                grant.writer.transport.abort()
+        finally:
+            self._turns.end(job.user)
+            async with self._released:
+                self._released.notify_all()
+
+    def _judge(
+        self,
+        job: Job,
+        reply: Reply,
+        deleted: Mapping[str, float],
+        began_with: str,
+        traffic: Traffic,
+    ) -> tuple[Outcome, str]:
+        if reply.code == "CHANGED":
+            return Outcome.CHANGED, ""
+        if reply.code == "NOUSER":
+            # Where the peer's dsync was reached, it is the peer that does not know the user.
+            return (Outcome.UNKNOWN if traffic.bytes else Outcome.GONE), reply.log
+        if reply.code:
+            return Outcome.FAILED, reply.log or f"doveadm says {reply.code}; see Dovecot's log"
+        state = self._states.of(job.user)
+        state.sync = reply.values[0]
+        if not began_with:
+            state.full_at = time.time()
+        for name, version in deleted.items():
+            if state.deleted.get(name) == version:
+                del state.deleted[name]
+        self._states.save(job.user, sync=bool(deleted))
+        return Outcome.OK, ""
+
+    async def _begin(self, user: str) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_TURN_SECONDS), self._released:
+                await self._released.wait_for(lambda: self._turns.begin(user))
+                return True
+        return False
+
+    async def _delete_scripts(self, user: str, deleted: Mapping[str, float]) -> None:
+        if self._scripts is not None and deleted:
+            await self._scripts.delete(user, deleted)

@@ -1,0 +1,200 @@
+"""The listening side: admits the peer's runs to the local doveadm."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from pairsync.config import Config
+from pairsync.doveadm import Doveadm, DovecotError
+from pairsync.link import (
+    LINE_LIMIT,
+    Closed,
+    Identity,
+    LinkError,
+    Reader,
+    Tls,
+    Writer,
+    be_greeted,
+    receive,
+    send,
+)
+from pairsync.peer import without_delay
+from pairsync.relay import Traffic, relay, silence
+from pairsync.schedule import Turns
+from pairsync.sieve import ScriptError
+
+_GREETING_SECONDS = 5.0
+_TURN_SECONDS = 2.0
+_STRANGERS = 16
+_SLACK_SECONDS = 2.0
+
+Deletions = Callable[[str, Mapping[str, float]], Awaitable[Mapping[str, float]]]
+"""(user, deleted there) -> deleted here; those of the peer are carried out before it returns."""
+
+
+class Server:
+    """Listens for the peer; ``turns`` says when a run of it may begin.
+
+    ``released`` is notified when a turn ends.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tls: Tls,
+        secret: Callable[[], bytes],
+        me: Identity,
+        doveadm: Doveadm,
+        turns: Turns,
+        released: asyncio.Condition,
+        deletions: Deletions,
+    ) -> None:
+        self._config = config
+        self._tls = tls
+        self._secret = secret
+        self._me = me
+        self._doveadm = doveadm
+        self._turns = turns
+        self._released = released
+        self._deletions = deletions
+        self._strangers = 0
+        self._runs: dict[asyncio.Task[None], str] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._heard = float("-inf")
+        self.refused = 0
+        self.problem = ""
+        self.bytes = 0
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """Users with a run of the peer's."""
+        return tuple(self._runs.values())
+
+    async def start(self) -> None:
+        """Listen. Raises OSError."""
+        listen = self._config.listen
+        self._listening = [
+            await asyncio.start_server(
+                self._accept,
+                address,
+                listen.port,
+                ssl=self._tls.server,
+                ssl_handshake_timeout=_GREETING_SECONDS,
+                ssl_shutdown_timeout=1.0,
+                limit=LINE_LIMIT,
+            )
+            for address in listen.addresses
+        ]
+
+    def end_runs_of_the_lost(self) -> None:
+        """End runs of a peer whose heartbeats are missing; call it now and then."""
+        if time.monotonic() - self._heard > self._config.heartbeat.lost_after:
+            for task in self._runs:
+                task.cancel()
+
+    async def _accept(self, reader: Reader, writer: Writer) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101
+        self._tasks.add(task)
+        try:
+            await self._serve(reader, writer)
+        except (OSError, LinkError) as error:
+            self.problem = str(error)
+        except asyncio.CancelledError:
+            pass
+        finally:
+            self._tasks.discard(task)
+            writer.transport.abort()
+
+    async def _serve(self, reader: Reader, writer: Writer) -> None:
+        if self._strangers >= _STRANGERS:
+            return
+        without_delay(writer)
+        self._strangers += 1
+        try:
+            who = await be_greeted(reader, writer, self._secret(), self._me, _GREETING_SECONDS)
+            if who.name != self._config.peer.name:
+                raise LinkError(f"{who.name} connects, which is not the peer")
+        except LinkError:
+            self.refused += 1
+            raise
+        finally:
+            self._strangers -= 1
+        try:
+            request = await receive(reader, None)
+        except Closed:
+            return
+        if request.get("do") == "watch":
+            await self._answer_heartbeats(reader, writer)
+        elif request.get("do") == "run":
+            await self._run(reader, writer, request)
+        else:
+            await send(writer, {"error": f"what is {request.get('do')!r}?"})
+
+    async def _answer_heartbeats(self, reader: Reader, writer: Writer) -> None:
+        while True:
+            self._heard = time.monotonic()
+            ping = await receive(reader, self._config.heartbeat.lost_after * 2)
+            await send(writer, {"pong": ping.get("ping")})
+
+    async def _run(self, reader: Reader, writer: Writer, request: Mapping[str, Any]) -> None:
+        user = str(request["user"])
+        if not await self._admit(user):
+            await send(writer, {"busy": True})
+            return
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101
+        self._runs[task] = user
+        try:
+            deleted = {str(k): float(v) for k, v in dict(request["deleted"]).items()}
+            await self._carry(reader, writer, user, float(request["silence"]), deleted)
+        finally:
+            del self._runs[task]
+            self._turns.leave(user)
+            await self._notify()
+
+    async def _carry(
+        self,
+        reader: Reader,
+        writer: Writer,
+        user: str,
+        seconds: float,
+        deleted: Mapping[str, float],
+    ) -> None:
+        local: Writer | None = None
+        traffic = Traffic()
+        try:
+            mine = await self._deletions(user, deleted)
+            local_reader, local = await self._doveadm.connect()
+            await send(writer, {"go": True, "deleted": dict(mine)})
+            carrying = asyncio.create_task(relay((reader, writer), (local_reader, local), traffic))
+            waiting = asyncio.create_task(silence(traffic, seconds + _SLACK_SECONDS))
+            try:
+                await asyncio.wait((carrying, waiting), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                self.bytes += traffic.bytes
+                for task in (carrying, waiting):
+                    task.cancel()
+                await asyncio.gather(carrying, waiting, return_exceptions=True)
+        except (DovecotError, ScriptError) as error:
+            await send(writer, {"error": f"its Dovecot: {error}"})
+        finally:
+            if local is not None and traffic.bytes:
+                local.transport.abort()
+            elif local is not None:
+                self._doveadm.leave(local)
+
+    async def _admit(self, user: str) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_TURN_SECONDS), self._released:
+                await self._released.wait_for(lambda: self._turns.admit(user))
+                return True
+        return False
+
+    async def _notify(self) -> None:
+        async with self._released:
+            self._released.notify_all()
