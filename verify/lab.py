@@ -29,9 +29,9 @@ from rehearsal.image import Layers
 from rehearsal.machine import Machine
 from rehearsal.progress import Progress
 from rehearsal.state import State, locked
-from rehearsal.world import plan
-from rehearsal.world.world import World
-from verify.client import Observer, Pool
+from rehearsal.world import plan, zones
+from rehearsal.world.world import Listed, Question, World
+from verify.client import Client, Observer, Pool
 from verify.context import Context, Probe, eventually, expect
 from verify.lookup import Lookup
 from verify.mailauth import header_of
@@ -159,12 +159,41 @@ class LabWorld:
         finally:
             self.set(mx, plan.MAIL_SERVERS[mx].mode.value)
 
+    # Block lists
+
+    @contextmanager
+    def listed(self, *entries: Listed) -> Iterator[None]:
+        """Block lists know ``entries`` for a while."""
+        self._world.enlist(*entries)
+        try:
+            yield
+        finally:
+            self._world.delist(*entries)
+
+    @contextmanager
+    def list_behaving(self, zone: str, mode: str) -> Iterator[None]:
+        """The block list answers, fails or is silent, and answers again afterwards."""
+        self._world.set_list(zone, mode)
+        try:
+            yield
+        finally:
+            self._world.set_list(zone, plan.ListMode.ANSWER)
+
+    def list_questions(self, zone: str, name: str) -> list[Question]:
+        """What the block list was asked for ``name``, which is relative to it."""
+        wanted = f"{name}.{zone}."
+        return [q for q in self._world.list_questions(zone) if q.name == wanted]
+
     # DNS
 
     @property
     def resolver(self) -> IPAddress:
         """The resolver that people on the internet ask."""
         return plan.RESOLVER.ipv4
+
+    def forward_domains(self) -> tuple[str, ...]:
+        """The domains of others that addresses of the site forward to."""
+        return zones.forward_domains(self._world.platform)
 
     def example_names(self) -> tuple[str, str, str]:
         """Names that are signed, signed wrongly, and not signed."""
@@ -177,6 +206,23 @@ class LabWorld:
     def foreign_records(self, zone: str) -> list[Entry]:
         """What the zone held before the platform came."""
         return parsed("\n".join(str(r) for r in self._world.foreign_records(zone)))
+
+
+@dataclass(frozen=True)
+class RemoteSender:
+    """Somebody on the internet with a mail server of its own, whose mail others can judge.
+
+    Attributes:
+        client: Connects from its addresses, which lead to ``helo`` and back.
+        domain: Its mail domain. Answers and bounces reach the world's server ``origin``.
+        helo: What it says in HELO.
+        sign: Signs a mail if the domain has a key; else the mail stays as it is.
+    """
+
+    client: Client
+    domain: str
+    helo: str
+    sign: Callable[[bytes], bytes] = field(repr=False)
 
 
 SERVERS_OWN = frozenset(
@@ -501,6 +547,20 @@ class Lab:
             rest = Pool.REST / 3
         give = Seat(namespace, (ipv4, ipv6)).give
         return Observer(place, sealed(namespace), Pool(pairs, give, rest))
+
+    def sender(self, name: str) -> RemoteSender:
+        """One of the remote senders of :data:`rehearsal.world.plan.SENDERS`."""
+        sender = plan.SENDERS[name]
+        namespace = self.network.namespace("obs-internet")
+        ipv4, ipv6 = sender.addresses.ipv4, sender.addresses.ipv6
+        Seat(namespace, self.network.addresses("obs-internet")).give(ipv4, ipv6)
+        key = self.outside.sender_key
+
+        def sign(message: bytes) -> bytes:
+            return key.sign(message, sender.domain) if sender.dkim else message
+
+        client = Client(sender.host, sealed(namespace), ipv4, ipv6)
+        return RemoteSender(client, sender.domain, sender.host, sign)
 
     def _internet4(self) -> Iterator[IPv4Address]:
         """Addresses that are nobody's (RFC 5737), also not the platform's, in no order."""

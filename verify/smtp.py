@@ -32,7 +32,7 @@ class Banner:
 
 
 class Session(smtplib.SMTP):
-    """One connection to a submission service. A context manager; the connection is open.
+    """One connection to a mail server. A context manager; the connection is open.
 
     Args:
         client: Who connects.
@@ -40,6 +40,9 @@ class Session(smtplib.SMTP):
         port: Its port.
         say: Takes the lines of the dialogue; passwords are not among them.
         preamble: Bytes to send before anything else: a PROXY header.
+        helo: Name to give in EHLO.
+        tls: Speak TLS from the start (smtps), with ``name`` verified.
+        name: The server's name, for ``tls``.
         timeout: Seconds for each step.
 
     Raises:
@@ -55,14 +58,19 @@ class Session(smtplib.SMTP):
         *,
         say: Callable[[str], None] = lambda line: None,
         preamble: bytes = b"",
+        helo: str = "client.probe.invalid",
+        tls: ssl.SSLContext | None = None,
+        name: str = "",
         timeout: float = 10.0,
     ) -> None:
         self._client = client
         self._say = say
         self._preamble = preamble
+        self._tls = tls
+        self._name = name
         self._secret = False
         self.where = f"[{address}]:{port} from {client}"
-        super().__init__(local_hostname="client.probe.invalid", timeout=timeout)
+        super().__init__(local_hostname=helo, timeout=timeout)
         say(f"-- {self.where}")
         code, text = self.connect(str(address), port)
         self.greeting = text.decode("ascii", "replace")
@@ -74,7 +82,18 @@ class Session(smtplib.SMTP):
         opened: socket.socket = self._client.connect(host, port, timeout=timeout)
         if self._preamble:
             opened.sendall(self._preamble)
-        return opened
+        if self._tls is None:
+            return opened
+        try:
+            return self._tls.wrap_socket(opened, server_hostname=self._name)
+        except ssl.SSLCertVerificationError as error:
+            opened.close()
+            raise CertificateRefused(
+                f"{self.where}: {error.verify_message} (wanted {self._name})"
+            ) from error
+        except OSError:
+            opened.close()
+            raise
 
     def putcmd(self, cmd: str, args: str = "") -> None:
         shown = "(secret)" if self._secret or cmd.upper() == "AUTH" else f"{cmd} {args}".strip()

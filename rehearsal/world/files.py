@@ -27,10 +27,15 @@ MIRROR = "/srv/world/debian"
 ANCHOR = f"{ETC}/root.ds"
 CONTROL_FILE = "control.json"
 STATE_FILE = "state.json"
+LISTS_CONTROL_FILE = "lists-control.json"
+LISTS_STATE_FILE = "lists-state.json"
+LISTS_LOG = "lists.jsonl"
 
 _UNITS = "/etc/systemd/system"
 _HERE = Path(__file__).parent
-_PROGRAMS = ("prepare.py", "mx/__init__.py", "mx/__main__.py", "mx/judge.py", "mx/server.py")
+_PROGRAMS = (
+    "prepare.py", "lists.py", "mx/__init__.py", "mx/__main__.py", "mx/judge.py", "mx/server.py",
+)  # fmt: skip
 _MASKED = (
     "knot.service",
     "nginx.service",
@@ -48,6 +53,7 @@ _STARTED = (
     "world-addresses",
     "world-prepare",
     "world-knot",
+    "world-lists",
     "world-unbound",
     "world-mx",
     "world-nginx",
@@ -89,6 +95,22 @@ RuntimeDirectory=world-knot
 LoadCredential=knot.conf:{ETC}/knot.conf
 ExecStart=knotd -c %d/knot.conf
 Restart=on-failure
+"""
+
+_LISTS_UNIT = f"""\
+[Unit]
+Description=Block lists of the outside world
+Requires=world-addresses.service
+After=world-addresses.service
+[Service]
+Type=notify
+Environment=PYTHONDONTWRITEBYTECODE=1
+ExecStart=python3 {CODE}/lists.py {ETC}/lists.json
+Restart=on-failure
+NoNewPrivileges=yes
+ProtectSystem=strict
+ReadWritePaths={RUN}
+PrivateTmp=yes
 """
 
 _UNBOUND_UNIT = f"""\
@@ -140,6 +162,7 @@ _READS = {
     "world-addresses": (f"{ETC}/addresses",),
     "world-prepare": (f"{ETC}/zones.json", f"{CODE}/prepare.py"),
     "world-knot": (f"{ETC}/knot.conf", f"{ETC}/zones.json", f"{CODE}/prepare.py"),
+    "world-lists": (f"{ETC}/lists.json", f"{CODE}/lists.py"),
     "world-unbound": (f"{ETC}/unbound.conf",),
     "world-mx": (f"{ETC}/mx.json", f"{ETC}/certificates/", f"{CODE}/mx/"),
     "world-nginx": (f"{ETC}/nginx.conf",),
@@ -152,17 +175,23 @@ def contents(
     key: knot.UpdateKey,
     authority: Authority,
     dane: Issued,
-    home_domains: Sequence[str],
+    takes: Mapping[str, Sequence[str]],
+    mailboxes: Mapping[str, Sequence[str]],
+    lists: Sequence[str],
 ) -> dict[str, str]:
     """Every file of the machine: path -> content. A target that begins with ``->`` is a link.
 
     :param dane: the self-signed certificate that the TLSA record vouches for.
-    :param home_domains: the site's own domains, which the operator's old server takes mail for.
+    :param takes: domains that a mail server takes mail for beside its own, by its name.
+    :param mailboxes: the users that exist on the operator's old server, by domain; in its other
+        domains everybody exists.
+    :param lists: zones of the block lists.
     """
     units = {
         "world-addresses": _ADDRESSES_UNIT,
         "world-prepare": _PREPARE_UNIT,
         "world-knot": _KNOT_UNIT,
+        "world-lists": _LISTS_UNIT,
         "world-unbound": _UNBOUND_UNIT,
         "world-mx": _MX_UNIT,
         "world-nginx": _NGINX_UNIT,
@@ -184,11 +213,12 @@ def contents(
         ),
         f"{ETC}/unbound.conf": _unbound_conf(),
         f"{ETC}/nginx.conf": _nginx_conf(),
-        f"{ETC}/mx.json": _mail_settings(home_domains),
+        f"{ETC}/mx.json": _mail_settings(takes, mailboxes),
+        f"{ETC}/lists.json": _list_settings(lists),
         "/etc/resolv.conf": "nameserver 127.0.0.1\n",
         "/etc/hostname": "world\n",
     }
-    found |= _certificates(authority, dane)
+    found |= _certificates(authority, dane, tuple(mailboxes))
     return found
 
 
@@ -304,7 +334,21 @@ http {{
 """
 
 
-def _mail_settings(home_domains: Sequence[str]) -> str:
+def _list_settings(lists: Sequence[str]) -> str:
+    document = {
+        "addresses": [str(address) for address in plan.LISTS],
+        "server": plan.LISTS_SERVER,
+        "zones": list(lists),
+        "control": f"{RUN}/{LISTS_CONTROL_FILE}",
+        "state": f"{RUN}/{LISTS_STATE_FILE}",
+        "log": f"{RUN}/{LISTS_LOG}",
+    }
+    return json.dumps(document, indent=1)
+
+
+def _mail_settings(
+    takes: Mapping[str, Sequence[str]], mailboxes: Mapping[str, Sequence[str]]
+) -> str:
     servers = []
     for mx in plan.MAIL_SERVERS.values():
         has_tls = mx.tls is not plan.Tls.NONE
@@ -313,9 +357,10 @@ def _mail_settings(home_domains: Sequence[str]) -> str:
                 "name": mx.name,
                 "host": mx.host,
                 "addresses": [str(address) for address in mx.addresses],
-                "domains": [mx.domain, *(home_domains if mx is plan.HOME else ())],
+                "domains": [mx.domain, *takes.get(mx.name, ())],
+                "mailboxes": dict(mailboxes) if mx is plan.HOME else {},
                 "mode": str(mx.mode),
-                "strict": mx.strict,
+                "demands": str(mx.demands),
                 "certificate": _certificate_paths(mx.host) if has_tls else None,
                 "wrong": _certificate_paths("wrong") if has_tls else None,
             }
@@ -334,11 +379,15 @@ def _certificate_paths(name: str) -> dict[str, str]:
     return {"chain": f"{folder}/{name}.pem", "key": f"{folder}/{name}.key"}
 
 
-def _certificates(authority: Authority, dane: Issued) -> dict[str, str]:
+def _certificates(
+    authority: Authority, dane: Issued, mailbox_domains: Sequence[str]
+) -> dict[str, str]:
+    """The old server's certificate is also for the names under which it holds mailboxes."""
     found = {"wrong": authority.issue(["somebody.else.example"])}
     for mx in plan.MAIL_SERVERS.values():
         if mx.tls is plan.Tls.AUTHORITY:
-            found[mx.host] = authority.issue([mx.host])
+            more = mailbox_domains if mx is plan.HOME else ()
+            found[mx.host] = authority.issue([mx.host, *more])
         elif mx.tls is plan.Tls.DANE:
             found[mx.host] = dane
     texts: dict[str, str] = {}

@@ -55,6 +55,16 @@ class Tls(StrEnum):
     """Self-signed; a TLSA record vouches for it (RFC 7672)."""
 
 
+class Demand(StrEnum):
+    """What a mail server refuses for. All of them write down what they found."""
+
+    NOTHING = "nothing"
+    AUTHORIZED = "authorized"
+    """SPF must pass, and DMARC where the author's domain asks for it: a careful forward's end."""
+    EVERYTHING = "everything"
+    """SPF, DKIM and DMARC must pass."""
+
+
 @dataclass(frozen=True)
 class Mx:
     """A mail server of the outside and the mail domain that it serves."""
@@ -63,8 +73,7 @@ class Mx:
     addresses: Pair
     mode: Mode = Mode.ACCEPT
     tls: Tls = Tls.AUTHORITY
-    strict: bool = False
-    """Refuses what does not pass SPF, DKIM and DMARC; the others only write down the results."""
+    demands: Demand = Demand.NOTHING
 
     @property
     def domain(self) -> str:
@@ -80,27 +89,77 @@ def _mx(
     number: int,
     mode: Mode = Mode.ACCEPT,
     tls: Tls = Tls.AUTHORITY,
-    *,
-    strict: bool = False,
+    demands: Demand = Demand.NOTHING,
 ) -> Mx:
-    return Mx(name, _pair(f"198.18.25.{number}", f"2001:2:0:25::{number}"), mode, tls, strict)
+    return Mx(name, _pair(f"198.18.25.{number}", f"2001:2:0:25::{number}"), mode, tls, demands)
 
 
 MAIL_SERVERS = {
     mx.name: mx
     for mx in (
-        _mx("strict", 11, strict=True),
+        _mx("strict", 11, demands=Demand.EVERYTHING),
         _mx("flaky", 12, Mode.DEFER),
         _mx("refusing", 13, Mode.REFUSE),
         _mx("plain", 14, tls=Tls.NONE),
         _mx("home", 15),
         _mx("dane", 16, tls=Tls.DANE),
         _mx("generic", 17),
+        _mx("elsewhere", 18, demands=Demand.AUTHORIZED),
+        _mx("origin", 19),
     )
 }
-"""``home`` is the operator's old server: it takes the mail of the site's own domains."""
+"""``home`` is the operator's old server: it takes the mail of the site's own domains, and holds
+the mailboxes. ``elsewhere`` is where addresses of the site forward to, ``origin`` where the remote
+senders get their answers and bounces."""
 
 HOME = MAIL_SERVERS["home"]
+ELSEWHERE = MAIL_SERVERS["elsewhere"]
+ORIGIN = MAIL_SERVERS["origin"]
+
+
+@dataclass(frozen=True)
+class Sender:
+    """Somebody on the internet who sends mail: a mail server of its own, and what vouches for it.
+
+    ``spf``: the domain allows its own addresses and no others (``-all``). ``dkim``: it publishes
+    a key, with which its mail is signed.
+    """
+
+    name: str
+    addresses: Pair
+    spf: bool = False
+    dkim: bool = False
+
+    @property
+    def domain(self) -> str:
+        return f"{self.name}.example"
+
+    @property
+    def host(self) -> str:
+        """What it says in HELO; its addresses lead to this name and back."""
+        return f"mail.{self.domain}"
+
+
+def _sender(name: str, number: int, *, spf: bool = False, dkim: bool = False) -> Sender:
+    # Postfix counts per /84: none of them is taken for another.
+    pair = _pair(f"198.18.26.{number}", f"2001:2:0:26:{number}::1")
+    return Sender(name, pair, spf, dkim)
+
+
+SENDERS = {
+    sender.name: sender
+    for sender in (
+        _sender("careful", 11, spf=True),
+        _sender("signer", 12, dkim=True),
+        _sender("bare", 13),
+        _sender("spammer", 14),
+        _sender("smuggler", 15),
+    )
+}
+"""They have no machine: checks connect from their addresses."""
+
+SENDER_SELECTOR = "s1"
+"""Of the key of those that sign."""
 
 ROOT_SERVERS = {
     "a": _pair("198.41.0.4", "2001:503:ba3e::2:30"),
@@ -127,6 +186,21 @@ NAME_SERVERS = {
 }
 """Serve every zone but the root."""
 
+LISTS_SERVER = "lists.dns.example"
+LISTS = _pair("198.18.53.10", "2001:2:0:53::10")
+"""The name server of every block list that the site asks."""
+
+
+class ListMode(StrEnum):
+    """How a block list behaves."""
+
+    ANSWER = "answer"
+    FAIL = "fail"
+    """SERVFAIL to everything."""
+    SILENT = "silent"
+    """No answer at all."""
+
+
 RESOLVER = _pair("198.18.53.53", "2001:2:0:53::53")
 """The resolver that people on the internet get from their provider. It validates."""
 
@@ -149,11 +223,17 @@ def service_addresses() -> tuple[IPAddress, ...]:
         *ROOT_SERVERS.values(),
         *FORMER_ROOT_SERVERS,
         *NAME_SERVERS.values(),
+        LISTS,
         RESOLVER,
         MIRROR,
         *(mx.addresses for mx in MAIL_SERVERS.values()),
     )
     return tuple(address for pair in pairs for address in pair)
+
+
+def sender_addresses() -> tuple[IPAddress, ...]:
+    """Every address that a remote sender connects from."""
+    return tuple(address for sender in SENDERS.values() for address in sender.addresses)
 
 
 def name_server_addresses() -> tuple[IPAddress, ...]:
@@ -177,7 +257,7 @@ def collisions(platform: Platform) -> tuple[str, ...]:
     networks += [("a management network", prefix) for prefix in platform.management.networks]
     return tuple(
         f"{address} (of the rehearsal's outside world) lies in {what} {prefix}"
-        for address in (*service_addresses(), *LEG, *GATEWAY)
+        for address in (*service_addresses(), *sender_addresses(), *LEG, *GATEWAY)
         for what, prefix in networks
         if address.version == prefix.version and address in prefix
     )

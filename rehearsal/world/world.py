@@ -37,7 +37,8 @@ from rehearsal.observer import Answer, Observer
 from rehearsal.progress import RehearsalError, wait_for
 from rehearsal.state import State, write_atomic
 from rehearsal.world import files, knot, plan, zones
-from rehearsal.world.plan import Mode
+from rehearsal.world.plan import ListMode, Mode
+from rehearsal.world.sender_key import SenderKey
 
 NAME = "world"
 _MAC = "52:54:00:00:02:02"
@@ -133,6 +134,37 @@ class Event:
     reply: str
 
 
+@dataclass(frozen=True)
+class Listed:
+    """An entry of a block list.
+
+    :ivar zone: the list.
+    :ivar what: an address or a domain.
+    :ivar answers: what the list answers, such as 127.0.0.2.
+    """
+
+    zone: str
+    what: IPAddress | str
+    answers: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Its name below the zone (RFC 5782, section 2)."""
+        if isinstance(self.what, str):
+            return self.what.rstrip(".").lower()
+        return self.what.reverse_pointer.removesuffix(".in-addr.arpa").removesuffix(".ip6.arpa")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a block list was asked, and by whom; ``name`` is absolute and in lower case."""
+
+    at: float
+    peer: str
+    name: str
+    type: str
+
+
 class World:
     """The outside world.
 
@@ -155,6 +187,11 @@ class World:
         self._layers = layers
         self._folder = state.world
         self._zone_ids = {name.rstrip("."): zone_id for name, zone_id in zone_ids.items()}
+
+    @property
+    def platform(self) -> Platform:
+        """The site that it is the outside of."""
+        return self._platform
 
     # Bringing it up -----------------------------------------------------------------------
 
@@ -220,6 +257,7 @@ class World:
 
     def _files(self) -> dict[str, str]:
         """Every file of the machine."""
+        site = self._platform
         authority = Authority(self._state.ca)
         dane = authority.self_signed([plan.MAIL_SERVERS["dane"].host], days=3650)
         return files.contents(
@@ -227,7 +265,13 @@ class World:
             key=self.update_key,
             authority=authority,
             dane=dane,
-            home_domains=[name.rstrip(".") for name in self.zone_names],
+            takes={
+                plan.HOME.name: [name.rstrip(".") for name in self.zone_names],
+                plan.ELSEWHERE.name: zones.forward_domains(site),
+                plan.ORIGIN.name: [sender.domain for sender in plan.SENDERS.values()],
+            },
+            mailboxes={site.maildrop_domain: sorted(site.mailboxes)},
+            lists=zones.list_zones(site),
         )
 
     def _zones(self) -> dict[str, zones.Zone]:
@@ -237,8 +281,12 @@ class World:
             for mx in plan.MAIL_SERVERS.values()
             if mx.tls is plan.Tls.DANE
         }
+        key = self.sender_key.public
+        dkim = {sender.name: key for sender in plan.SENDERS.values() if sender.dkim}
         try:
-            return zones.world_zones(self._platform, operator_zones=self._zone_ids, tlsa=tlsa)
+            return zones.world_zones(
+                self._platform, operator_zones=self._zone_ids, tlsa=tlsa, dkim=dkim
+            )
         except ValueError as error:
             raise RehearsalError(str(error), "choose another name in the site data") from error
 
@@ -269,6 +317,7 @@ class World:
 
         for what, condition in (
             ("validated DNS", self._dns_missing),
+            ("block lists", self._lists_missing),
             ("mail servers", self._mail_missing),
             ("package mirror", self._mirror_missing),
         ):
@@ -297,6 +346,20 @@ class World:
                 return f"{name} SOA: {error or type(error).__name__}"
             if not (answer.secure and answer.records):
                 return f"{name} SOA: {answer.rcode}, not validated"
+        return ""
+
+    def _lists_missing(self) -> str:
+        orders = self._read(files.LISTS_CONTROL_FILE).get("lists", {})
+        for name in zones.list_zones(self._platform):
+            if orders.get(name, {}).get("mode", ListMode.ANSWER) != ListMode.ANSWER:
+                continue
+            for server in plan.LISTS:
+                try:
+                    answer = self._insider.ask(name, "SOA", server, recursive=False, timeout=0.5)
+                except (dns.exception.DNSException, OSError) as error:
+                    return f"{name} SOA at {server}: {error or type(error).__name__}"
+                if not (answer.authoritative and answer.records):
+                    return f"{name} SOA at {server}: {answer.rcode}"
         return ""
 
     def _mail_missing(self) -> str:
@@ -347,6 +410,11 @@ class World:
         return knot.UpdateKey.kept(self._folder / "tsig.json")
 
     @property
+    def sender_key(self) -> SenderKey:
+        """The key of the remote senders that sign."""
+        return SenderKey.kept(self._folder / "sender.key")
+
+    @property
     def zone_names(self) -> tuple[str, ...]:
         """The operator's zones, absolute."""
         return zones.operator_zone_names(self._platform, self._zone_ids)
@@ -388,6 +456,79 @@ class World:
     def ask(self, name: str, rdtype: str) -> Answer:
         """Ask the resolver that people on the internet have."""
         return self._insider.ask(name, rdtype)
+
+    # Block lists ------------------------------------------------------------------------------
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """The zones of the block lists that the site asks, without trailing dot."""
+        return tuple(name.rstrip(".") for name in zones.list_zones(self._platform))
+
+    def enlist(self, *entries: Listed) -> None:
+        """Put entries into block lists; returns when the lists answer so."""
+
+        def put(lists: dict[str, Any]) -> None:
+            for entry in entries:
+                self._of_list(lists, entry.zone)["entries"][entry.name] = list(entry.answers)
+
+        self._change_lists(put)
+
+    def delist(self, *entries: Listed) -> None:
+        """Take entries out of block lists; returns when the lists answer so."""
+
+        def take(lists: dict[str, Any]) -> None:
+            for entry in entries:
+                self._of_list(lists, entry.zone)["entries"].pop(entry.name, None)
+
+        self._change_lists(take)
+
+    def set_list(self, zone: str, mode: ListMode | str) -> None:
+        """Change how a block list behaves; returns when it does so."""
+
+        def change(lists: dict[str, Any]) -> None:
+            self._of_list(lists, zone)["mode"] = str(ListMode(mode))
+
+        self._change_lists(change)
+
+    def list_questions(self, zone: str, since: float = 0.0) -> tuple[Question, ...]:
+        """What a block list was asked since a time, oldest first."""
+        path = self._run_folder / files.LISTS_LOG
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        found = (Question(**json.loads(line)) for line in text[: text.rfind("\n") + 1].splitlines())
+        return tuple(q for q in found if q.at >= since and q.name.endswith(f".{zone.rstrip('.')}."))
+
+    def _of_list(self, lists: dict[str, Any], zone: str) -> dict[str, Any]:
+        if zone.rstrip(".") not in self.lists:
+            known = ", ".join(self.lists) or "none"
+            raise ValueError(f"the outside has no block list {zone!r}; there are {known}")
+        name = zone.rstrip(".") + "."
+        found: dict[str, Any] = lists.setdefault(name, {"mode": "answer", "entries": {}})
+        return found
+
+    def _change_lists(self, change: Callable[[dict[str, Any]], None]) -> None:
+        self._order(
+            files.LISTS_CONTROL_FILE, files.LISTS_STATE_FILE, "lists", change, "block lists"
+        )
+
+    def _order(
+        self,
+        control: str,
+        state: str,
+        what: str,
+        change: Callable[[dict[str, Any]], None],
+        who: str,
+    ) -> None:
+        """Change ``what`` in a program's control file; returns when the program obeys it."""
+        with self._state.lock("world-control"):
+            orders = self._read(control) or {"serial": 0, what: {}}
+            orders["serial"] += 1
+            change(orders[what])
+            write_atomic(self._run_folder / control, json.dumps(orders))
+        wait_for(
+            lambda: self._read(state).get("serial", 0) >= orders["serial"],
+            timeout=10,
+            what=f"the {who} of the outside to do as told",
+        )
 
     # Mail ---------------------------------------------------------------------------------
 
@@ -450,19 +591,16 @@ class World:
     def set(self, mx: str, mode: Mode | str) -> None:
         """Change what a mail server does; returns when it does so."""
         self._mail_folder(mx)
-        with self._state.lock("world-control"):
-            orders = self._read(files.CONTROL_FILE) or {"serial": 0, "modes": {}}
-            orders["serial"] += 1
-            orders["modes"][mx] = str(Mode(mode))
-            write_atomic(self._run_folder / files.CONTROL_FILE, json.dumps(orders))
-        wait_for(
-            lambda: self._read(files.STATE_FILE).get("serial", 0) >= orders["serial"],
-            timeout=10,
-            what=f"the mail server {mx} of the outside to change its mode to {mode}",
-        )
+
+        def change(modes: dict[str, Any]) -> None:
+            modes[mx] = str(Mode(mode))
+
+        self._order(files.CONTROL_FILE, files.STATE_FILE, "modes", change, f"mail server {mx}")
 
     def reset(self) -> None:
-        """Give every mail server the mode again that it began with."""
+        """Give every mail server and block list the mode again that it began with, empty lists."""
+        if self._read(files.LISTS_CONTROL_FILE).get("lists"):
+            self._change_lists(dict.clear)
         for mx in plan.MAIL_SERVERS.values():
             if self.mode(mx.name) is not mx.mode:
                 self.set(mx.name, mx.mode)

@@ -16,7 +16,7 @@ import dns.name
 import dns.zone
 
 from mailsite import records
-from mailsite.model import IPAddress, Platform
+from mailsite.model import AddressTarget, IPAddress, Platform
 from rehearsal.world import plan
 
 TTL = 300
@@ -98,6 +98,7 @@ def world_zones(
     *,
     operator_zones: Iterable[str] = (),
     tlsa: Mapping[str, str] | None = None,
+    dkim: Mapping[str, str] | None = None,
     ptr_text: str | None = None,
 ) -> dict[str, Zone]:
     """Every zone of the outside world, by absolute name.
@@ -105,6 +106,7 @@ def world_zones(
     :param operator_zones: zones that the operator's DNS provider holds, beside those that the
         mail domains and the platform's own domain lie in.
     :param tlsa: TLSA data for mail servers whose certificate DANE vouches for, by server name.
+    :param dkim: public keys of the remote senders that sign, base64, by sender name.
     :param ptr_text: reverse records in BIND text that the operator published; by default those
         that the platform asks for (:func:`mailsite.records.ptr_text`).
     """
@@ -115,13 +117,17 @@ def world_zones(
         *_operator_zones(platform, operator_zones),
         *_carrier_zones(platform, operator_zones),
         *_own_zones(tlsa or {}),
+        *_sender_zones(dkim or {}),
+        *_forward_zones(platform, operator_zones),
         *_reverse_zones(_own_pointers()),
         *_reverse_zones(_parsed(ptr_text)),
     ):
         if zone.name in zones:
             raise ValueError(f"zone {zone.name} of the site is also one of the rehearsal's world")
         zones[zone.name] = zone
-    for name in (*_TOP_LEVEL, "in-addr.arpa.", "ip6.arpa.", *map(_top_level, list(zones))):
+    lists = list_zones(platform)
+    above = (*_TOP_LEVEL, "in-addr.arpa.", "ip6.arpa.", *map(_top_level, (*zones, *lists)))
+    for name in above:
         zones.setdefault(name, Zone(name))
     # The name servers' own addresses, without which nobody finds them (RFC 1034, section 4.2.1).
     zones["example."] = Zone("example.", records=tuple(_server_glue()))
@@ -131,21 +137,53 @@ def world_zones(
         servers=tuple(f"{letter}.root-servers.net." for letter in plan.ROOT_SERVERS),
         soa=Soa(server="a.root-servers.net.", ttl=86400),
     )
-    return _with_delegations(zones)
+    return _with_delegations(_with_lists(zones, lists))
+
+
+def list_zones(platform: Platform) -> tuple[str, ...]:
+    """The zones of the block lists that the site asks, absolute, sorted."""
+    return tuple(sorted({_absolute(entry.zone) for entry in platform.inbound.dnsbl}))
+
+
+def forward_domains(platform: Platform) -> tuple[str, ...]:
+    """The domains of others that addresses of the site forward to, sorted."""
+    found = {
+        target.domain
+        for domain in platform.domains.values()
+        for targets in domain.addresses.values()
+        for target in targets
+        if isinstance(target, AddressTarget)
+    }
+    return tuple(sorted(found - platform.domains.keys()))
 
 
 def foreign_records(platform: Platform, zone: str) -> tuple[Record, ...]:
     """Records of an operator's zone that were there before the platform, in no order.
 
     The apex, ``www`` and each mail domain point to the operator's old server, which therefore
-    gets the domains' mail as long as no MX record exists (RFC 5321, section 5.1).
+    gets the domains' mail as long as no MX record exists (RFC 5321, section 5.1). It holds the
+    mailboxes, too, as long as the platform has no hosts for them.
     """
     owners = {zone, f"www.{zone}"}
     owners |= {f"{d.name}." for d in platform.domains.values() if f"{d.dns_zone}." == zone}
     return (
         *(record for owner in sorted(owners) for record in _address(owner, plan.HOME.addresses)),
         Record(zone, "TXT", '"site-verification=5f1d7a0c2e9b"'),
+        *_mailboxes(platform, zone),
+        *(
+            Record(f"{domain}.", "MX", f"10 {plan.ELSEWHERE.host}.")
+            for domain in forward_domains(platform)
+            if _enclosing(f"{domain}.", operator_zone_names(platform)) == zone
+        ),
     )
+
+
+def _mailboxes(platform: Platform, zone: str) -> Iterator[Record]:
+    name = f"{platform.maildrop_domain}."
+    own = records.static_records(platform)
+    published = any(f"{r.name}." == name and r.type == records.RecordType.MX for r in own)
+    if _enclosing(name, operator_zone_names(platform)) == zone and not published:
+        yield Record(name, "MX", f"10 {plan.HOME.host}.")
 
 
 def operator_zone_names(platform: Platform, more: Iterable[str] = ()) -> tuple[str, ...]:
@@ -201,6 +239,44 @@ def _own_zones(tlsa: Mapping[str, str]) -> Iterator[Zone]:
     )
 
 
+def _sender_zones(keys: Mapping[str, str]) -> Iterator[Zone]:
+    for sender in plan.SENDERS.values():
+        apex, host = f"{sender.domain}.", f"{sender.host}."
+        found = [Record(apex, "MX", f"10 {plan.ORIGIN.host}."), *_address(host, sender.addresses)]
+        if sender.spf:
+            allowed = " ".join(f"ip{a.version}:{a}" for a in sender.addresses)
+            found += (Record(owner, "TXT", f'"v=spf1 {allowed} -all"') for owner in (apex, host))
+        key = keys.get(sender.name)
+        if key is not None:
+            strings = " ".join(f'"{part}"' for part in (f"v=DKIM1; p={key[:200]}", key[200:]))
+            found.append(Record(f"{plan.SENDER_SELECTOR}._domainkey.{apex}", "TXT", strings))
+            found.append(Record(f"_dmarc.{apex}", "TXT", '"v=DMARC1; p=reject"'))
+        yield Zone(apex, records=tuple(found))
+
+
+def _forward_zones(platform: Platform, more: Iterable[str]) -> Iterator[Zone]:
+    """The domains that the site forwards to, unless the operator or the world has them anyway."""
+    operator = operator_zone_names(platform, more)
+    known = {mx.domain for mx in plan.MAIL_SERVERS.values()}
+    known |= {sender.domain for sender in plan.SENDERS.values()}
+    for domain in forward_domains(platform):
+        if domain not in known and not _enclosing(f"{domain}.", operator):
+            mx = Record(f"{domain}.", "MX", f"10 {plan.ELSEWHERE.host}.")
+            yield Zone(f"{domain}.", records=(mx,))
+
+
+def _with_lists(zones: Mapping[str, Zone], lists: Iterable[str]) -> dict[str, Zone]:
+    """Delegate the block lists, which are not signed, to their own name server."""
+    found = dict(zones)
+    for name in lists:
+        if name in found:
+            raise ValueError(f"block list {name} is also a zone of the rehearsal's world")
+        parent = _parent(name, zones)
+        delegation = Record(name, "NS", f"{plan.LISTS_SERVER}.", 3600)
+        found[parent] = replace(found[parent], records=(*found[parent].records, delegation))
+    return found
+
+
 def _mail_domain(mx: plan.Mx, tlsa: str | None) -> Iterator[Record]:
     apex = f"{mx.domain}."
     yield Record(apex, "MX", f"10 {mx.host}.")
@@ -219,6 +295,9 @@ def _own_pointers() -> Iterator[Record]:
     for name, pair in plan.NAME_SERVERS.items():
         for address in pair:
             yield _pointer(address, name)
+    for sender in plan.SENDERS.values():
+        for address in sender.addresses:
+            yield _pointer(address, sender.host)
 
 
 def _parsed(text: str) -> Iterator[Record]:
@@ -257,7 +336,7 @@ def _root_glue() -> Iterator[Record]:
 
 
 def _server_glue() -> Iterator[Record]:
-    for name, pair in plan.NAME_SERVERS.items():
+    for name, pair in (*plan.NAME_SERVERS.items(), (plan.LISTS_SERVER, plan.LISTS)):
         yield from _address(f"{name}.", pair)
 
 
@@ -285,6 +364,11 @@ def _top_level(name: str) -> str:
 
 def _absolute(name: str) -> str:
     return name.lower().rstrip(".") + "."
+
+
+def _enclosing(name: str, zones: Iterable[str]) -> str | None:
+    """The longest of ``zones`` that ``name`` lies in."""
+    return max((zone for zone in zones if _is_within(name, zone)), key=len, default=None)
 
 
 def _is_within(name: str, zone: str) -> bool:

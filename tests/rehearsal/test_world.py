@@ -18,6 +18,7 @@ from ipaddress import ip_interface
 from pathlib import Path
 
 import dkim
+import dns.exception
 import dns.query
 import dns.rdatatype
 import dns.update
@@ -35,9 +36,9 @@ from rehearsal.machine import Machine, destroy_all
 from rehearsal.observer import Observer, tls_context
 from rehearsal.progress import Progress, RehearsalError, wait_for
 from rehearsal.state import State
-from rehearsal.world import plan
-from rehearsal.world.plan import Mode
-from rehearsal.world.world import Message, World
+from rehearsal.world import plan, zones
+from rehearsal.world.plan import ListMode, Mode
+from rehearsal.world.world import Listed, Message, World
 
 SITE = Path(__file__).parents[2] / "sites" / "example"
 
@@ -278,6 +279,66 @@ def test_an_observer_sends_nothing_where_a_way_leads_out(world: World) -> None:
         subprocess.run(["ip", "netns", "del", "wtest-open"], check=True)
 
 
+# -- block lists -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def block_list(platform: Platform) -> str:
+    return platform.inbound.dnsbl[0].zone
+
+
+def test_a_host_finds_who_is_listed_by_itself(host: Machine, world: World, block_list: str) -> None:
+    asker = Observer(host.namespace)
+    spammer = plan.SENDERS["spammer"]
+    entries = [Listed(block_list, address, ("127.0.0.2",)) for address in spammer.addresses]
+    entries.append(Listed(block_list, spammer.domain, ("127.0.1.9",)))
+    for entry in entries:
+        answer = asker.ask(f"{entry.name}.{block_list}", "A", "127.0.0.1")
+        assert (answer.rcode, answer.records) == ("NXDOMAIN", ())
+    world.enlist(*entries)
+    for entry in entries:
+        wait_for(
+            lambda entry=entry: (
+                asker.ask(f"{entry.name}.{block_list}", "A", "127.0.0.1").records == entry.answers
+            ),
+            timeout=5,
+            what="the host's resolver to see the entry",
+        )
+    world.delist(*entries)
+    name = f"{entries[0].name}.{block_list}"
+    wait_for(
+        lambda: asker.ask(name, "A", "127.0.0.1").rcode == "NXDOMAIN",
+        timeout=5,
+        what="the host's resolver to see the entry gone",
+    )
+    asked = [q for q in world.list_questions(block_list) if q.name == f"{name}."]
+    leg = next(iter(world.platform.hosts.values())).interfaces[0]
+    assert {q.type for q in asked} == {"A"}
+    assert {q.peer for q in asked} <= {str(leg.ipv4), str(leg.ipv6)}
+
+
+def test_a_list_may_fail_while_the_others_answer(
+    outside: Observer, world: World, platform: Platform
+) -> None:
+    dead, alive = (f"dead.{entry.zone}" for entry in platform.inbound.dnsbl[:2])
+    world.set_list(platform.inbound.dnsbl[0].zone, ListMode.FAIL)
+    assert outside.ask(dead, "A").rcode == "SERVFAIL"
+    assert outside.ask(alive, "A").rcode == "NXDOMAIN"
+
+
+def test_a_list_may_be_silent(outside: Observer, world: World, platform: Platform) -> None:
+    dead, alive = (entry.zone for entry in platform.inbound.dnsbl[:2])
+    world.set_list(dead, ListMode.SILENT)
+    with pytest.raises(dns.exception.Timeout):
+        outside.ask(f"x.{dead}", "A", plan.LISTS.ipv4, timeout=0.3)
+    assert outside.ask(f"x.{alive}", "A", plan.LISTS.ipv4, timeout=2).rcode == "NXDOMAIN"
+
+
+def test_a_list_that_is_not_the_sites_is_an_error(world: World) -> None:
+    with pytest.raises(ValueError, match=r"no block list 'other\.example'; there are blocked"):
+        world.set_list("other.example", ListMode.FAIL)
+
+
 # -- mail ----------------------------------------------------------------------------------------
 
 
@@ -493,6 +554,63 @@ def test_home_takes_mail_for_every_domain_of_the_site(
             assert session.rcpt(f"someone@{domain}")[0] == 250
 
 
+def test_home_holds_the_mailboxes_of_the_site(
+    world: World, outside: Observer, platform: Platform, trust: ssl.SSLContext
+) -> None:
+    domain = platform.maildrop_domain
+    (exchange,) = outside.resolve(domain, "MX")
+    (address,) = outside.resolve(exchange.split()[1], "A")
+    box = next(iter(platform.mailboxes))
+    with outside.smtp(address, server_name=domain, context=trust) as session:
+        session.ehlo()
+        session.mail("a@strict.example")
+        assert session.rcpt(f"{box}@{domain}")[0] == 250
+        assert session.rcpt(f"{box.upper()}+any+tag@{domain}")[0] == 250
+        assert session.rcpt(f"no-{box}@{domain}")[0] == 550
+
+
+def test_the_end_of_forwards_takes_authorized_mail_alone(
+    world: World, outside: Observer, sender: Sender, platform: Platform
+) -> None:
+    (domain,) = zones.forward_domains(platform)
+    (exchange,) = outside.resolve(domain, "MX")
+    (address,) = outside.resolve(exchange.split()[1], "A")
+    message = sender.message("forwarded", f"someone@{domain}")
+    for mail_from, accepted in ((f"user@{Sender.domain}", True), ("user@refusing.example", False)):
+        with outside.smtp(address) as session:
+            try:
+                session.sendmail(mail_from, [f"someone@{domain}"], message)
+            except smtplib.SMTPDataError as error:
+                assert (error.smtp_code, accepted) == (550, False)
+            else:
+                assert accepted
+    found = world.messages("elsewhere", subject="forwarded")
+    assert [(m.accepted, m.spf) for m in found] == [(True, "pass"), (False, "fail")]
+
+
+@pytest.mark.parametrize("name", sorted(plan.SENDERS))
+def test_answers_to_remote_senders_arrive(world: World, outside: Observer, name: str) -> None:
+    remote = plan.SENDERS[name]
+    (exchange,) = outside.resolve(remote.domain, "MX")
+    (address,) = outside.resolve(exchange.split()[1], "AAAA")
+    with outside.smtp(address) as session:
+        session.sendmail("", [f"user@{remote.domain}"], b"Subject: back\r\n\r\nNo.\r\n")
+    assert world.messages("origin", rcpt_to=(f"user@{remote.domain}",))
+    for one in remote.addresses:
+        (pointer,) = outside.resolve(one.reverse_pointer, "PTR")
+        assert outside.resolve(pointer, "A" if one.version == 4 else "AAAA") == (str(one),)
+
+
+def test_mail_of_those_that_sign_verifies(world: World, outside: Observer) -> None:
+    remote = plan.SENDERS["signer"]
+    text = f"From: user@{remote.domain}\r\nSubject: signed\r\n\r\nHello\r\n".encode()
+    message = world.sender_key.sign(text, remote.domain)
+    deliver(outside, world, "generic", message, mail_from=f"user@{remote.domain}")
+    found = the_message(world, "generic", "signed")
+    assert [(s.d, s.result) for s in found.dkim] == [(remote.domain, "pass")]
+    assert (found.spf, found.dmarc, found.dmarc_policy) == ("none", "pass", "reject")
+
+
 def test_danes_certificate_is_the_published_one(world: World, outside: Observer) -> None:
     mx = plan.MAIL_SERVERS["dane"]
     answer = outside.ask(f"_25._tcp.{mx.host}", "TLSA")
@@ -578,7 +696,7 @@ def test_an_interrupted_start_is_completed(world: World, outside: Observer) -> N
 
 def test_a_second_up_restarts_nothing(world: World) -> None:
     def started() -> str:
-        units = ("world-knot", "world-unbound", "world-mx", "world-nginx")
+        units = ("world-knot", "world-lists", "world-unbound", "world-mx", "world-nginx")
         return world.machine.run(["systemctl", "show", "-p", "MainPID", *units]).stdout
 
     before = started()

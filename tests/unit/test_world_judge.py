@@ -171,3 +171,27 @@ def test_what_a_strict_server_takes(
 ) -> None:
     found = judge.objection(verdict(spf, dkim, dmarc))
     assert found == reply or (reply is not None and str(found).startswith(reply))
+
+
+@pytest.mark.parametrize(
+    ("spf", "dmarc", "policy", "reply"),
+    [
+        ("pass", "pass", "reject", None),
+        ("pass", "none", "", None),
+        ("pass", "fail", "none", None),
+        ("pass", "fail", "reject", "550 5.7.1 DMARC"),
+        ("pass", "fail", "quarantine", "550 5.7.1 DMARC"),
+        ("none", "pass", "reject", "550 5.7.23 SPF: none"),
+        ("neutral", "pass", "reject", "550 5.7.23 SPF: neutral"),
+        ("softfail", "pass", "reject", "550 5.7.23 SPF: softfail"),
+        ("fail", "pass", "reject", "550 5.7.23 SPF: fail"),
+        ("temperror", "pass", "reject", "451 4.7.0"),
+        ("pass", "temperror", "", "451 4.7.0"),
+    ],
+)
+def test_what_the_end_of_a_forward_takes(
+    spf: str, dmarc: str, policy: str, reply: str | None
+) -> None:
+    verdict = judge.Verdict(spf, "", (), judge.Dmarc(dmarc, policy, "sender.org", "why"))
+    found = judge.unauthorized(verdict)
+    assert found is None if reply is None else (found or "").startswith(reply)

@@ -9,6 +9,7 @@ import dns.name
 import dns.zone
 import pytest
 
+from mailsite import records
 from mailsite.loader import load_platform
 from mailsite.model import Platform
 from rehearsal.world import knot, plan, zones
@@ -167,3 +168,77 @@ def test_the_update_key_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> 
     assert knot.UpdateKey.kept(tmp_path / "tsig.json") == first
     assert (tmp_path / "tsig.json").stat().st_mode & 0o777 == 0o600
     assert first.secret not in repr(first)
+
+
+def test_each_block_list_is_delegated_to_its_own_name_server(
+    platform: Platform, world: dict[str, zones.Zone]
+) -> None:
+    lists = zones.list_zones(platform)
+    assert {f"{entry.zone}." for entry in platform.inbound.dnsbl} == set(lists)
+    for name in lists:
+        assert name not in world
+        (found,) = [
+            r for z in world.values() for r in z.records if (r.owner, r.type) == (name, "NS")
+        ]
+        assert found.data == f"{plan.LISTS_SERVER}."
+
+
+def test_a_block_list_in_the_worlds_own_zone_is_refused(platform: Platform) -> None:
+    (first, *rest) = platform.inbound.dnsbl
+    taken = first.model_copy(update={"zone": "generic.example"})
+    inbound = platform.inbound.model_copy(update={"dnsbl": (taken, *rest)})
+    with pytest.raises(ValueError, match=r"block list generic\.example\. is also a zone"):
+        zones.world_zones(platform.model_copy(update={"inbound": inbound}))
+
+
+def test_what_the_site_forwards_to_leads_to_a_careful_server(
+    platform: Platform, world: dict[str, zones.Zone]
+) -> None:
+    outside = zones.forward_domains(platform)
+    assert outside
+    assert not set(outside) & set(platform.domains)
+    for domain in outside:
+        (mx,) = [r.data for z in world.values() for r in z.records
+                 if (r.owner, r.type) == (f"{domain}.", "MX")]  # fmt: skip
+        assert mx == f"10 {plan.ELSEWHERE.host}."
+    assert plan.ELSEWHERE.demands is plan.Demand.AUTHORIZED
+
+
+def test_the_mailboxes_are_on_the_old_server_until_the_platform_has_them(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"{platform.maildrop_domain}."
+
+    def led() -> list[str]:
+        found = zones.world_zones(platform).values()
+        return [r.data for z in found for r in z.records if (r.owner, r.type) == (name, "MX")]
+
+    assert led() == [f"10 {plan.HOME.host}."]
+    own = records.Record(
+        zone=platform.domain,
+        name=platform.maildrop_domain,
+        type=records.RecordType.MX,
+        ttl=60,
+        content=f"box.{platform.internal_domain}",
+        priority=10,
+        why="ours",
+        stage=records.Stage.MX,
+    )
+    monkeypatch.setattr(records, "static_records", lambda site: (own,))
+    assert led() == []
+
+
+def test_remote_senders_publish_what_vouches_for_them(platform: Platform) -> None:
+    found = zones.world_zones(platform, dkim={"signer": "A" * 300})
+    texts = {
+        name: [r.data for r in found[f"{sender.domain}."].records if r.type == "TXT"]
+        for name, sender in plan.SENDERS.items()
+    }
+    address = plan.SENDERS["careful"].addresses.ipv4
+    assert f'"v=spf1 ip4:{address}' in texts["careful"][0] and texts["careful"][0].endswith('-all"')
+    assert any("v=DKIM1" in text for text in texts["signer"])
+    assert texts["bare"] == texts["spammer"] == texts["smuggler"] == []
+    pointers = {r.owner: r.data for z in found.values() for r in z.records if r.type == "PTR"}
+    for sender in plan.SENDERS.values():
+        for one in sender.addresses:
+            assert pointers[f"{one.reverse_pointer}."] == f"{sender.host}."

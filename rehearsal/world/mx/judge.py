@@ -128,6 +128,21 @@ def objection(verdict: Verdict) -> str | None:
     return None
 
 
+def unauthorized(verdict: Verdict) -> str | None:
+    """The reply of a server that takes mail of authorized senders alone; None: it is authorized.
+
+    SPF must pass, of the HELO name where there is no sender. Where the author's domain asks for
+    more than reports, DMARC must pass.
+    """
+    if "temperror" in (verdict.spf, verdict.dmarc.result):
+        return "451 4.7.0 DNS gave no answer for SPF or DMARC"
+    if verdict.spf != "pass":
+        return f"550 5.7.23 SPF: {verdict.spf}"
+    if verdict.dmarc.result == "fail" and verdict.dmarc.policy in ("quarantine", "reject"):
+        return f"550 5.7.1 DMARC: {verdict.dmarc.reason} for {verdict.dmarc.domain}"
+    return None
+
+
 def signatures_of(message: bytes) -> tuple[Signature, ...]:
     """Verify every DKIM signature, first to last."""
     try:

@@ -33,6 +33,11 @@ from . import judge
 PORT = 25
 _POLL_SECONDS = 0.05
 _LARGEST_MESSAGE = 64 * 1024 * 1024
+_DEMANDS: dict[str, Callable[[judge.Verdict], str | None]] = {
+    "nothing": lambda verdict: None,
+    "authorized": judge.unauthorized,
+    "everything": judge.objection,
+}
 
 
 @dataclass(frozen=True)
@@ -53,16 +58,18 @@ class Certificate:
 class ServerSettings:
     """One mail server. ``domains``: it takes mail for these and what is below them.
 
+    ``mailboxes``: in these domains only these users exist, with any extension (``user+tag``).
     ``certificate`` is None where STARTTLS is not offered; ``wrong`` is what it presents in the
-    mode of that name. ``strict``: it refuses what does not pass every verification.
+    mode of that name. ``demands``: what it refuses for, see :data:`_DEMANDS`.
     """
 
     name: str
     host: str
     addresses: tuple[str, ...]
     domains: tuple[str, ...]
+    mailboxes: dict[str, list[str]]
     mode: str
-    strict: bool
+    demands: str
     certificate: Certificate | None
     wrong: Certificate | None
 
@@ -175,7 +182,7 @@ class MailServer:
             )
 
         verdict = await asyncio.get_running_loop().run_in_executor(self._judges, verify)
-        objection = judge.objection(verdict) if self.settings.strict else None
+        objection = _DEMANDS[self.settings.demands](verdict)
         self._count += 1
         name = f"{time.time_ns()}-{self._count:06d}"
         reply = objection or f"250 2.0.0 {name} kept"
@@ -205,9 +212,12 @@ class MailServer:
         return "451 4.3.0 Error in the rehearsal's mail server"
 
     def _recipient_reply(self, address: str) -> str:
-        domain = address.rpartition("@")[2].lower()
+        local, _, domain = address.lower().rpartition("@")
         if not any(domain == d or domain.endswith(f".{d}") for d in self.settings.domains):
             return "550 5.7.1 Relaying denied"
+        users = self.settings.mailboxes.get(domain)
+        if users is not None and local.partition("+")[0] not in users:
+            return "550 5.1.1 User unknown"
         if self.mode == "defer":
             return "451 4.3.0 Try again later"
         if self.mode == "refuse":
