@@ -12,12 +12,13 @@ import dns.rcode
 
 from mailsite.bundle import compose
 from mailsite.model import Host, Role
+from verify import addresses, smtp_in
 from verify.client import Client
 from verify.context import Context, each, eventually, expect
-from verify.lab import AGENT, LabMachine
+from verify.lab import AGENT, LabMachine, RemoteSender
 from verify.lookup import ask
 from verify.registry import Failed, check
-from verify.smtp import letter
+from verify.smtp import Letter, letter
 from verify.smtp_out import Door, member_door, submit
 
 RESOLVERS = ("127.0.0.1", "::1")
@@ -114,10 +115,12 @@ def _expect_cut(ctx: Context, machine: LabMachine, client: Client) -> None:
 
 
 def _internal_names(ctx: Context) -> list[tuple[str, str, set[str]]]:
-    """Every host's internal name and the cluster's, with what they must resolve to."""
-    cluster = f"{Role.SMTP_OUT}.{ctx.platform.internal_domain}"
+    """Every host's internal name and those of clusters, with what they must resolve to."""
     wanted = {h.name: ctx.internal(h) for h in ctx.platform.hosts.values()}
-    wanted[cluster] = tuple(a for m in ctx.members for a in ctx.internal(m))
+    for role in (Role.SMTP_OUT, Role.RSPAMD):
+        legs = tuple(a for m in ctx.platform.members(role) for a in ctx.internal(m))
+        if legs:
+            wanted[f"{role}.{ctx.platform.internal_domain}"] = legs
     return [
         (name, kind, {str(a) for a in addresses if a.version == version})
         for name, addresses in wanted.items()
@@ -202,14 +205,158 @@ class _Marker:
     text: str
 
 
+class Tier:
+    """What a member of a tier must do when it comes back as a new machine.
+
+    Attributes:
+        role: The tier.
+        packages: What its daemons need, among others.
+    """
+
+    role: Role
+    packages: frozenset[str]
+
+    def leave(self, ctx: Context, member: Host) -> str:
+        """Have the member keep something that must survive. Returns what tells it."""
+        raise NotImplementedError
+
+    def find(self, ctx: Context, member: Host, left: str) -> None:
+        """It is still there, and the member serves."""
+        raise NotImplementedError
+
+    def clear(self, ctx: Context) -> None:
+        """Let the world be as before."""
+
+
+class Outbound(Tier):
+    """A mail waits in the queue for a remote that defers."""
+
+    role = Role.SMTP_OUT
+    packages = frozenset({"postfix", "opendkim", "dovecot-core"})
+
+    def leave(self, ctx: Context, member: Host) -> str:
+        world = ctx.lab.world
+        world.set("flaky", "defer")
+        mail = letter(f"{{token}}@{ctx.sending_domains[0]}", f"{{token}}@{world.domain('flaky')}")
+        submit(ctx, member_door(ctx, member), mail)
+        _expect_deferred(ctx.lab.machine(member), mail.recipient)
+        return mail.recipient
+
+    def find(self, ctx: Context, member: Host, left: str) -> None:
+        lab = ctx.lab
+        with lab.world.behaving("flaky", "accept"):
+            lab.world.arrival("flaky", left, 60.0, poke=lab.machine(member).hurry)
+        client = member_door(ctx, member).client
+        for address in ctx.internal(member):
+            mail = letter(
+                f"{{token}}@{ctx.sending_domains[0]}", f"{{token}}@{lab.world.domain('strict')}"
+            )
+            submit(ctx, Door(client, member.name, address, member), mail)
+            lab.world.arrival("strict", mail.recipient, 15.0)
+
+    def clear(self, ctx: Context) -> None:
+        ctx.lab.world.set("flaky", "defer")
+
+
+class Inbound(Tier):
+    """A mail waits in the queue for the end of a forward that defers."""
+
+    role = Role.SMTP_IN
+    packages = frozenset({"postfix", "postsrsd"})
+
+    def leave(self, ctx: Context, member: Host) -> str:
+        ctx.lab.world.set("elsewhere", "defer")
+        sender = ctx.lab.sender("careful")
+        mail = smtp_in.write(sender, smtp_in.forward(ctx))
+        self._deliver(ctx, member, sender, mail)
+        machine = ctx.lab.machine(member)
+        way = addresses.way(ctx.platform, mail.recipient)
+        assert way is not None
+        for recipient in way.forwards:
+            _expect_deferred(machine, recipient)
+        return mail.token
+
+    def find(self, ctx: Context, member: Host, left: str) -> None:
+        lab = ctx.lab
+        machine = lab.machine(member)
+
+        def forwarded() -> None:
+            machine.hurry()
+            copies = [c for c in lab.world.copies(left) if c.mx == "elsewhere" and c.accepted]
+            expect(copies, f"{member.name}: the forward that waited did not arrive")
+
+        with lab.world.behaving("elsewhere", "accept"):
+            eventually(forwarded, seconds=60, every=1.0)
+        sender = lab.sender("careful")
+        mail = smtp_in.write(sender, smtp_in.existing(ctx))
+        self._deliver(ctx, member, sender, mail)
+
+        def arrived() -> None:
+            expect(lab.world.copies(mail.token), f"{member.name}: a mail did not arrive")
+
+        eventually(arrived, seconds=15)
+
+    def clear(self, ctx: Context) -> None:
+        ctx.lab.world.set("elsewhere", "accept")
+
+    @staticmethod
+    def _deliver(ctx: Context, member: Host, sender: RemoteSender, mail: Letter) -> None:
+        door = next(d for d in smtp_in.remote_doors(ctx, sender) if d.member is member)
+        with door.session(ctx) as session:
+            code, text = session.submit(mail.sender, [mail.recipient], mail.content)
+            expect(code == 250, f"{door}: mail to {mail.recipient} is answered with {code} {text}")
+
+
+class Filter(Tier):
+    """Its Redis joins the others again, and every mail server reaches the filter."""
+
+    role = Role.RSPAMD
+    packages = frozenset({"rspamd", "redis-server", "redis-sentinel"})
+
+    def leave(self, ctx: Context, member: Host) -> str:
+        return ""
+
+    def find(self, ctx: Context, member: Host, left: str) -> None:
+        machine = ctx.lab.machine(member)
+        port = str(ctx.platform.spam.redis_port)
+
+        def joined() -> None:
+            told = machine.run("sh", "-c", _REPLICATION, port)
+            expect(
+                "role:master" in told or "master_link_status:up" in told,
+                f"{member.name}: Redis is no copy of the writer's: {' '.join(told.split())[:300]}",
+            )
+
+        eventually(joined, seconds=30)
+        clients = (*ctx.platform.members(Role.SMTP_IN), *ctx.platform.members(Role.SMTP_OUT))
+        for host in clients:
+            client = ctx.lab.machine(host).observer.client()
+            for address in ctx.internal(member):
+                client.connect(address, ctx.platform.spam.milter_port).close()
+
+
+_REPLICATION = (
+    "REDISCLI_AUTH=$(sed -n 's/^requirepass //p' /etc/redis/auth.conf)"
+    ' redis-cli -p "$0" info replication'
+)
+
+
+TIERS: tuple[Tier, ...] = (Outbound(), Inbound(), Filter())
+
+
 @check("HOST-5", disruptive=True)
 def bare_machine_is_installed(ctx: Context) -> str:
-    """A member replaced by a bare Debian is installed by the agent alone, its queue survives."""
+    """A member of each tier, replaced by a bare Debian, is installed by the agent alone."""
+    there = [tier for tier in TIERS if ctx.platform.members(tier.role)]
+    return "; ".join(_installed_from_bare(ctx, tier) for tier in there)
+
+
+def _installed_from_bare(ctx: Context, tier: Tier) -> str:
     lab = ctx.lab
-    member = ctx.members[-1]
+    member = ctx.platform.members(tier.role)[-1]
     machine = lab.machine(member)
     before = machine.run("cat", "/etc/machine-id").strip()
-    waiting = _mail_that_waits(ctx, member)
+    left = tier.leave(ctx, member)
     marker = _Marker("/srv/mail/verify-marker", secrets.token_hex(16))
     machine.run("sh", "-c", 'cat >"$1"', "sh", marker.path, input=marker.text)
     try:
@@ -223,51 +370,31 @@ def bare_machine_is_installed(ctx: Context) -> str:
             fresh.run("cat", marker.path) == marker.text,
             f"{member.name}: the data volume was not kept",
         )
-        installed = _packages_installed(ctx, fresh)
-        _serves(ctx, member)
-        with lab.world.behaving("flaky", "accept"):
-            arrived = lab.world.arrival("flaky", waiting, 60.0, poke=fresh.hurry)
-        expect(arrived.accepted, f"the mail that waited on {member.name} was refused")
+        installed = _packages_installed(ctx, fresh, tier.packages)
+        tier.find(ctx, member, left)
         expect(
             fresh.call(AGENT, "drift").returncode == 0, f"{member.name}: drift after the install"
         )
         fresh.run("rm", "-f", "--", marker.path)
     finally:
-        lab.world.set("flaky", "defer")
+        tier.clear(ctx)
     return (
         f"{member.name}: new machine from a bare Debian, {installed} installed by the agent; its "
-        "data volume and the mail in its queue survived; it serves and signs"
+        "data volume and what lay on it survived; it serves"
     )
 
 
-def _mail_that_waits(ctx: Context, member: Host) -> str:
-    """Put a mail into the member's queue that a remote defers."""
-    world = ctx.lab.world
-    world.set("flaky", "defer")
-    mail = letter(f"{{token}}@{ctx.sending_domains[0]}", f"{{token}}@{world.domain('flaky')}")
-    submit(ctx, member_door(ctx, member), mail)
-    machine = ctx.lab.machine(member)
-    eventually(lambda: machine.deferral(mail.recipient), seconds=15, what="a mail that waits")
-    return mail.recipient
+def _expect_deferred(machine: LabMachine, recipient: str) -> None:
+    eventually(lambda: machine.deferral(recipient), seconds=15, what="a mail that waits")
 
 
-def _packages_installed(ctx: Context, machine: LabMachine) -> str:
+def _packages_installed(ctx: Context, machine: LabMachine, needed: frozenset[str]) -> str:
     """The role's packages, which the bare image lacks, with the log that says who put them in."""
     log = machine.call("cat", "/var/log/dpkg.log").stdout  # an image may have none
     wanted = compose(ctx.platform, machine.host).packages
     mine = [p for p in wanted if f" install {p}:" in log]
     expect(
-        {"postfix", "opendkim", "dovecot-core"} <= set(mine),
-        f"{machine.name}: dpkg's log shows no installation of the mail daemons",
+        needed <= set(mine),
+        f"{machine.name}: dpkg's log shows no installation of {', '.join(needed - set(mine))}",
     )
     return ", ".join(mine)
-
-
-def _serves(ctx: Context, member: Host) -> None:
-    """The member takes a mail directly, and it arrives signed."""
-    world = ctx.lab.world
-    client = member_door(ctx, member).client
-    for address in ctx.internal(member):
-        mail = letter(f"{{token}}@{ctx.sending_domains[0]}", f"{{token}}@{world.domain('strict')}")
-        submit(ctx, Door(client, member.name, address, member), mail)
-        world.arrival("strict", mail.recipient, 15.0)

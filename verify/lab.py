@@ -95,6 +95,24 @@ class LabWorld:
         wanted = recipient.lower()
         return [m for m in self._all(mx) if wanted in [r.lower() for r in m.rcpt_to]]
 
+    def copies(self, token: str) -> list[Mail]:
+        """The mails that say ``token`` anywhere, at whichever server they arrived."""
+        wanted = token.encode()
+        return [m for mx in plan.MAIL_SERVERS for m in self._all(mx) if wanted in m.raw]
+
+    def server_of(self, domain: str) -> str:
+        """The server that mail for a domain of others arrives at.
+
+        Raises:
+            Failed: The world has none.
+        """
+        for mx in plan.MAIL_SERVERS.values():
+            if mx.domain == domain:
+                return mx.name
+        if domain in zones.forward_domains(self._world.platform):
+            return plan.ELSEWHERE.name
+        raise Failed(f"the world outside has no mail server for {domain}")
+
     def _all(self, mx: str) -> list[Mail]:
         with self._lock:
             found = []
@@ -162,13 +180,18 @@ class LabWorld:
     # Block lists
 
     @contextmanager
-    def listed(self, *entries: Listed) -> Iterator[None]:
-        """Block lists know ``entries`` for a while."""
-        self._world.enlist(*entries)
+    def listed(self, *entries: tuple[str, IPAddress | str, tuple[str, ...]]) -> Iterator[None]:
+        """Block lists know an address or a domain for a while.
+
+        Args:
+            entries: List, address or domain, answers.
+        """
+        added = [Listed(*entry) for entry in entries]
+        self._world.enlist(*added)
         try:
             yield
         finally:
-            self._world.delist(*entries)
+            self._world.delist(*added)
 
     @contextmanager
     def list_behaving(self, zone: str, mode: str) -> Iterator[None]:
@@ -179,9 +202,9 @@ class LabWorld:
         finally:
             self._world.set_list(zone, plan.ListMode.ANSWER)
 
-    def list_questions(self, zone: str, name: str) -> list[Question]:
-        """What the block list was asked for ``name``, which is relative to it."""
-        wanted = f"{name}.{zone}."
+    def list_questions(self, zone: str, what: IPAddress | str) -> list[Question]:
+        """When and by whom the block list was asked for an address or a domain."""
+        wanted = f"{Listed(zone, what, ()).name}.{zone}."
         return [q for q in self._world.list_questions(zone) if q.name == wanted]
 
     # DNS
@@ -190,10 +213,6 @@ class LabWorld:
     def resolver(self) -> IPAddress:
         """The resolver that people on the internet ask."""
         return plan.RESOLVER.ipv4
-
-    def forward_domains(self) -> tuple[str, ...]:
-        """The domains of others that addresses of the site forward to."""
-        return zones.forward_domains(self._world.platform)
 
     def example_names(self) -> tuple[str, str, str]:
         """Names that are signed, signed wrongly, and not signed."""
@@ -493,6 +512,22 @@ class LabMachine:
         lines = self.machine.logs("--since=-10min", "--output=short", grep).splitlines()
         mine = (line for line in lines if f" {program}" in line.partition(": ")[0])
         return any(all(t in line for t in texts) for line in mine)
+
+    def journal(self, since: float, pattern: str) -> list[str]:
+        """The journal's lines that match a regular expression.
+
+        Args:
+            since: Seconds since the epoch.
+            pattern: As journalctl(1) takes it, option -g.
+        """
+        when, grep = f"--since=@{since:.3f}", f"--grep={pattern}"
+        return self.machine.logs(when, "--output=short", grep).splitlines()
+
+    # Its resolver
+
+    def forget_servers(self) -> None:
+        """Let the host's Unbound forget which name servers did not answer."""
+        self.run("unbound-control", "flush_infra", "all")
 
 
 class Lab:

@@ -12,7 +12,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
-from mailsite.model import DkimKey, Dmarc, IPAddress, MailDomain, NetworkKind, Role
+from mailsite.model import DkimKey, Dmarc, Host, IPAddress, MailDomain, NetworkKind, Role
 from mailsite.records import ptr_records
 from verify import mailauth
 from verify.context import Context, each, expect
@@ -51,9 +51,26 @@ def wanted_addresses(ctx: Context) -> Iterator[Wanted]:
         f"{Role.SMTP_OUT}.{platform.internal_domain}",
         tuple(a for m in ctx.members for a in ctx.internal(m)),
     )
+    filters = platform.members(Role.RSPAMD)
+    if filters:
+        legs = tuple(a for m in filters for a in ctx.internal(m))
+        yield from both(f"{Role.RSPAMD}.{platform.internal_domain}", legs)
+    exchangers = platform.members(Role.SMTP_IN)
+    if exchangers:
+        yield from both(platform.names.smtp_in, tuple(a for m in exchangers for a in ctx.public(m)))
+    for host in exchangers:
+        yield from both(own_name(ctx, host), ctx.public(host))
     for name, egress in platform.egress.items():
         if any(name.endswith(f".{zone}") for zone in platform.domains):
             yield from both(name, (egress.ipv4, egress.ipv6))
+
+
+def own_name(ctx: Context, host: Host) -> str:
+    """The name of a host's public side: what it says in HELO, and what its PTR gives."""
+    platform = ctx.platform
+    if set(ctx.internal(host)) == set(ctx.public(host)):
+        return host.name
+    return host.name.removesuffix(platform.internal_domain) + platform.domain
 
 
 @check("DNS-1", live=True)
@@ -70,6 +87,8 @@ def names_are_published(ctx: Context) -> str:
     _expect_shared_spf(ctx)
     domains = list(ctx.platform.domains.values())
     each(domains, lambda domain: _expect_policies(ctx, domain))
+    each(domains, lambda domain: _expect_exchange(ctx, domain))
+    _expect_senders_of_forwards(ctx)
     keys = [(d, k) for d in domains for k in d.dkim]
     if keys:
         each(keys, lambda case: _dkim_key(ctx, *case))
@@ -139,6 +158,36 @@ def _expect_policies(ctx: Context, domain: MailDomain) -> None:
         f"_dmarc.{domain.name}: reports go to {', '.join(sorted(rua)) or 'nobody'}, "
         f"not to {', '.join(policy.rua) or 'nobody'}",
     )
+
+
+def _expect_exchange(ctx: Context, domain: MailDomain) -> None:
+    """The domain's mail comes in through smtp-in, unless it is retired or never used for mail."""
+    found = ctx.lookup.texts(domain.name, "MX")
+    wanted = _mx(ctx) if domain.receives and not domain.retired else []
+    if domain.receives or domain.sends:
+        expect(
+            found == wanted,
+            f"{domain.name} MX: {' '.join(found) or 'nothing'}, not {wanted or 'nothing'}",
+        )
+
+
+def _mx(ctx: Context) -> list[str]:
+    exchangers = ctx.platform.members(Role.SMTP_IN)
+    return [f"10 {ctx.platform.names.smtp_in}."] if exchangers else []
+
+
+def _expect_senders_of_forwards(ctx: Context) -> None:
+    """Rewritten senders, and the members' HELO names, are ours alone; bounces find the way back."""
+    exchangers = ctx.platform.members(Role.SMTP_IN)
+    if not exchangers:
+        return
+    srs = ctx.platform.inbound.srs_domain
+    found = ctx.lookup.texts(srs, "MX")
+    expect(found == _mx(ctx), f"{srs} MX: {' '.join(found) or 'nothing'}, not {_mx(ctx)[0]}")
+    expected = f"v=spf1 include:{ctx.platform.names.spf} -all"
+    for name in (srs, *(own_name(ctx, host) for host in exchangers)):
+        records = mailauth.spf_records(ctx.lookup, name)
+        expect(records == [expected], f"{name} SPF: {records or 'nothing'}, not {expected!r}")
 
 
 def _dkim_key(ctx: Context, domain: MailDomain, key: DkimKey) -> RSAPublicKey:
@@ -242,12 +291,36 @@ def policies_are_valid(ctx: Context) -> str:
         return tree.lookups
 
     lookups = each(domains, look)
+    _expect_forwards_pass(ctx)
     for name in _shared_names(ctx):
         _expect_chunks(ctx, name)
     return (
         f"{len(domains)} domains: at most {max(lookups)} SPF lookups, pass for "
         f"{', '.join(str(a) for a in senders)}; no MX is a CNAME; TXT strings join"
     )
+
+
+def _expect_forwards_pass(ctx: Context) -> None:
+    """SPF of the domain of rewritten senders: one record, for the members' addresses alone."""
+    exchangers = ctx.platform.members(Role.SMTP_IN)
+    srs = ctx.platform.inbound.srs_domain
+    if not exchangers:
+        return
+    tree = mailauth.spf_tree(ctx.lookup, srs)
+    expect(not tree.problems, f"{srs}: {'; '.join(tree.problems)}")
+    expect(tree.lookups <= SPF_LOOKUPS, f"{srs}: SPF needs {tree.lookups} lookups")
+    for host in exchangers:
+        for address in ctx.public(host):
+            # With a sender, and for a bounce without one.
+            for sender in (f"SRS0=x=y=z@{srs}", ""):
+                judged = mailauth.check_spf(ctx.lookup, address, sender, own_name(ctx, host))
+                expect(
+                    judged.result == "pass",
+                    f"SPF of {sender or own_name(ctx, host)} from {address}: {judged.result}"
+                    f" ({judged.reason}), not pass",
+                )
+    stranger = mailauth.check_spf(ctx.lookup, _stranger(ctx), f"SRS0=x=y=z@{srs}", srs)
+    expect(stranger.result == "fail", f"{srs}: SPF of a stranger: {stranger.result}, not fail")
 
 
 def _stranger(ctx: Context) -> IPAddress:
@@ -270,7 +343,10 @@ def _expect_chunks(ctx: Context, name: str) -> None:
 
 
 def sending_addresses(ctx: Context) -> tuple[IPAddress, ...]:
-    """The addresses that mail to the outside comes from: the members' own, else the NAT's."""
+    """The addresses that mail to the outside comes from: the members' own, else the NAT's.
+
+    Members of smtp-out submit what users write, members of smtp-in forward what comes in.
+    """
     found: dict[IPAddress, None] = {}
     for member in ctx.members:
         leg = member.interfaces[0]
@@ -279,6 +355,8 @@ def sending_addresses(ctx: Context) -> tuple[IPAddress, ...]:
         else:
             for egress in ctx.platform.egress.values():
                 found |= dict.fromkeys((egress.ipv4, egress.ipv6))
+    for member in ctx.platform.members(Role.SMTP_IN):
+        found |= dict.fromkeys(ctx.public(member))
     return tuple(found)
 
 
@@ -312,14 +390,22 @@ def senders_have_names(ctx: Context) -> str:
         return pointers[0]
 
     senders = sending_addresses(ctx)
-    pointers = each(senders, look)
-    other = sorted({p for p in pointers if p != helo})
+    pointers = dict(zip(senders, each(senders, look), strict=True))
+    for member in ctx.platform.members(Role.SMTP_IN):
+        said = own_name(ctx, member)
+        for address in ctx.public(member):
+            expect(
+                pointers.pop(address) == said,
+                f"{member.name} says HELO {said}, but {address} has another PTR:"
+                f" {ctx.lookup.pointers(address)}",
+            )
+    other = sorted({p for p in pointers.values() if p != helo})
     if other:
         ctx.note(
             f"warning: mail says HELO {helo}, but comes from {', '.join(other)}: some receivers "
             "count that against it; a NAT in between makes it unavoidable"
         )
     return (
-        f"{len(senders)} addresses lead to {', '.join(sorted(set(pointers)))} and back; "
+        f"{len(senders)} addresses lead to names and back, smtp-in's to what it says in HELO; "
         f"HELO {helo} resolves{', but differs from the PTR (warning)' if other else ''}"
     )

@@ -161,6 +161,13 @@ class Session(smtplib.SMTP):
             code, text = self.rcpt(recipient)
         return code, text.decode("ascii", "replace")
 
+    def raw(self, line: bytes) -> tuple[int, str]:
+        """Send a line as it is. Returns the reply."""
+        self._say(f"C: {line!r}")
+        self.send(line + b"\r\n")
+        code, text = self.getreply()
+        return code, text.decode("utf-8", "replace")
+
     def submit(self, sender: str, recipients: list[str], message: bytes) -> tuple[int, str]:
         """A whole transaction. The first reply that is no success is returned, else DATA's."""
         code, text = self.mail(sender)
