@@ -2,6 +2,7 @@
 
 - ``base``: what Debian's cloud image brings (systemd, cloud-init, sshd, sudo, python3, ...)
 - ``mail``: on ``base``, the packages of every tier, all services disabled
+- ``compiled``: on ``mail``, what Rspamd compiles when it first runs on a processor
 - ``world``: on ``base``, what plays the outside (:mod:`rehearsal.world`)
 - ``aptrepo``: Debian's own signed package lists, and the packages that ``mail`` has beyond
   ``base``, so that the world can serve them to a bare host under Debian's names
@@ -186,6 +187,26 @@ rm -rf /var/log/apt /var/log/dpkg.log
 : >/etc/machine-id
 """
 
+# On a machine of its own a first start takes care of this; three at once would keep the two cores
+# of a rehearsal busy for half a minute. A bare host still does it by itself. What is compiled does
+# not depend on the configuration (options.inc.j2), so Debian's does, and nothing is looked up.
+_COMPILE_SCRIPT = """\
+set -eu
+cache=/var/cache/rspamd log=/var/log/rspamd/rspamd.log
+rm -f "$log"
+install -d -o _rspamd -g _rspamd -m 0755 "$cache"
+unshare --net setpriv --reuid _rspamd --regid _rspamd --clear-groups \
+    rspamd -f -c /etc/rspamd/rspamd.conf "--var=DBDIR=$cache" &
+while ! grep -qs 'received hyperscan cache loaded' "$log"; do
+    kill -0 $! || { cat "$log" >&2; exit 1; }
+    sleep 0.2
+done
+kill $!
+wait $! || :
+find "$cache" -type f ! -name '*.hs*' -delete
+rm -rf "$cache"/*.sock /var/log/rspamd/*
+"""
+
 # What happens in namespaces of its own vanishes with them: a killed build leaves no mount.
 _NAMESPACES: Sequence[str] = ("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child")
 _CHROOT_SCRIPT = 'mount -t proc proc "$1/proc" && exec chroot "$1" sh -c "$SCRIPT"'
@@ -252,6 +273,13 @@ def machine() -> str:
         ) from None
 
 
+def _processor() -> list[str]:
+    """What this machine's processor can do: what is compiled for it fits no other."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    fields = (line.partition(":") for line in lines)
+    return next((sorted(v.split()) for k, _, v in fields if k.strip() in ("flags", "Features")), [])
+
+
 class _Builder:
     def __init__(self, cache: Path, progress: Progress) -> None:
         self._cache = cache
@@ -267,6 +295,9 @@ class _Builder:
         recipe = (base, _INSTALL_SCRIPT, _ENTER_SCRIPT)
         self._base = self._place("base", base)
         self._mail = self._place("mail", (recipe, sorted(MAIL_PACKAGES)))
+        self._compiled = self._place(
+            "compiled", (recipe, sorted(MAIL_PACKAGES), _COMPILE_SCRIPT, _processor())
+        )
         self._world = self._place("world", (recipe, sorted(WORLD_PACKAGES)))
         self._golang = self._place("golang", (recipe, sorted(_GO_PACKAGES)))
         self._aptrepo = self._place("aptrepo", (recipe, sorted(MAIL_PACKAGES)))
@@ -278,13 +309,14 @@ class _Builder:
     def layers(self) -> Layers:
         return Layers(
             base=(self._base,),
-            mail=(self._base, self._mail),
+            mail=(self._base, self._mail, self._compiled),
             world=(self._base, self._world),
             aptrepo=self._aptrepo,
         )
 
     def complete(self) -> bool:
-        return all(p.exists() for p in (self._base, self._mail, self._world, self._aptrepo))
+        layers = (self._base, self._mail, self._compiled, self._world, self._aptrepo)
+        return all(p.exists() for p in layers)
 
     def build(self) -> None:
         self._clean()
@@ -296,6 +328,18 @@ class _Builder:
                 self._build_aptrepo(shop)
                 _publish(shop / "aptrepo", self._aptrepo)
                 _publish(shop / "upper", self._mail)
+        if not self._compiled.exists():
+            what = "image layer compiled: what Rspamd looks for"
+            with self._progress.step(what), workshop(self._cache) as shop:
+                _enter(
+                    shop,
+                    (self._base, self._mail),
+                    ["sh", "-c", _COMPILE_SCRIPT],
+                    binds={},
+                    failure="Rspamd does not compile what it looks for",
+                    variables={},
+                )
+                _publish(shop / "upper", self._compiled)
         if not self._world.exists():
             what = "image layer world: the packages of the outside"
             with self._progress.step(what), workshop(self._cache) as shop:

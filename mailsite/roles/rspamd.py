@@ -35,6 +35,9 @@ UNITS = "/etc/systemd/system"
 LIBRARY = "/usr/local/lib/mail-platform"
 CHECK_REDIS = f"{LIBRARY}/check-redis"
 REDIS_STATE = f"{LIBRARY}/redis-state"
+REDIS_MOUNT = "var-lib-redis.mount"
+#: What Rspamd compiles: it depends on the processor and on packages, not on what it knows.
+CACHE = "/var/cache/rspamd"
 CONTROLLER = "/etc/rspamd/override.d/worker-controller.inc"
 
 _LOCAL = (
@@ -129,6 +132,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
         "greylist": spam.greylist,
         "limits": spam.user_limits,
         "volume": volume,
+        "cache": CACHE,
     }
     files = dict(
         (
@@ -151,17 +155,14 @@ def fragment(platform: Platform, host: Host) -> Fragment:
         )
     )
     if volume:
-        for name in ("redis", "rspamd"):
-            files |= dict(
-                (
-                    templated(f"rspamd{UNITS}/mail-{name}.service.j2"),
-                    templated(f"rspamd{UNITS}/var-lib-{name}.mount.j2"),
-                )
+        files |= dict(
+            (
+                templated(f"rspamd{UNITS}/mail-redis.service.j2"),
+                templated(f"rspamd{UNITS}/{REDIS_MOUNT}.j2"),
             )
-    volumes = {
-        name: (f"{UNITS}/mail-{name}.service", f"{UNITS}/var-lib-{name}.mount") if volume else ()
-        for name in ("redis", "rspamd")
-    }
+        )
+    # Another place of its state makes a daemon restart.
+    moved = (f"{UNITS}/mail-redis.service", f"{UNITS}/{REDIS_MOUNT}") if volume else ()
     return Fragment(
         role=ROLE,
         files=files,
@@ -186,7 +187,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                     "/etc/redis/auth.conf",
                     REDIS_STATE,
                     f"{UNITS}/redis-server.service.d/",
-                    *volumes["redis"],
+                    *moved,
                 ),
                 order=28,
             ),
@@ -197,19 +198,19 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                     "/etc/redis/sentinel-auth.conf",
                     REDIS_STATE,
                     f"{UNITS}/redis-sentinel.service.d/",
-                    *volumes["redis"],
+                    *moved,
                 ),
                 order=29,
             ),
             Service(
                 "rspamd.service",
                 # A reload starts new workers, but not with other sockets.
-                restart_on=("/etc/rspamd/", f"{UNITS}/rspamd.service.d/", *volumes["rspamd"]),
+                restart_on=("/etc/rspamd/", f"{UNITS}/rspamd.service.d/"),
                 order=30,
             ),
         ),
         health=(
-            *(UnitHealth(f"var-lib-{name}.mount") for name in volumes if volume),
+            *((UnitHealth(REDIS_MOUNT),) if volume else ()),
             UnitHealth("redis-server.service"),
             UnitHealth("redis-sentinel.service"),
             CommandHealth(("sh", "-c", _REDIS_ANSWERS, str(spam.redis_port))),

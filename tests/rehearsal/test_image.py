@@ -46,6 +46,14 @@ def test_no_key_and_no_identity_is_in_an_image(layers: image.Layers) -> None:
         assert not (layer / "usr/sbin/policy-rc.d").exists()
 
 
+def test_what_rspamd_compiles_is_there_and_nothing_else_of_it(layers: image.Layers) -> None:
+    compiled = [p for p in layers.mail[-1].rglob("*") if p.is_file()]
+    assert compiled
+    assert all(p.parent.match("var/cache/rspamd") and ".hs" in p.name for p in compiled)
+    # The suffixes of top-level domains, ten thousand.
+    assert max(p.stat().st_size for p in compiled) > 10 << 20
+
+
 @isolated
 def test_a_machine_on_the_mail_layer_runs_no_mail_daemon(
     tmp_path: Path, layers: image.Layers

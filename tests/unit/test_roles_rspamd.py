@@ -112,11 +112,19 @@ def test_scores_and_limits_are_the_site_datas() -> None:
 
 def test_state_lies_on_the_data_volume() -> None:
     bundle = compose(PLATFORM, FILTER)
-    for name, unit in (("redis", "redis-server"), ("redis", "redis-sentinel"), ("rspamd",) * 2):
-        mount = bundle.files[f"/etc/systemd/system/var-lib-{name}.mount"].content
-        assert f"What=/srv/mail/{name}\nWhere=/var/lib/{name}\n" in mount
+    mount = bundle.files["/etc/systemd/system/var-lib-redis.mount"].content
+    assert "What=/srv/mail/redis\nWhere=/var/lib/redis\n" in mount
+    for unit in ("redis-server", "redis-sentinel"):
         drop_in = bundle.files[f"/etc/systemd/system/{unit}.service.d/mail.conf"].content
-        assert f"\nRequiresMountsFor=/var/lib/{name}\n" in drop_in
+        assert "\nRequiresMountsFor=/var/lib/redis\n" in drop_in
+
+
+def test_what_is_compiled_stays_with_the_machine() -> None:
+    files = compose(PLATFORM, FILTER).files
+    options = files["/etc/rspamd/local.d/options.inc"].content.splitlines()
+    assert f'hs_cache_dir = "{rspamd.CACHE}";' in options
+    drop_in = files["/etc/systemd/system/rspamd.service.d/mail.conf"].content.splitlines()
+    assert "CacheDirectory=rspamd" in drop_in
 
 
 def test_it_does_not_go_on_a_machine_that_stays_the_operators() -> None:
