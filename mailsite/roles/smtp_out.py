@@ -6,7 +6,7 @@ alone, which speak the PROXY protocol, so that limits and logs see the real clie
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_network
 
@@ -102,6 +102,15 @@ def users(platform: Platform) -> tuple[str, ...]:
     return tuple(sorted(u.name for u in platform.sasl_users.values() if not u.suspended))
 
 
+def owners(platform: Platform) -> Mapping[str, tuple[str, ...]]:
+    """Envelope senders of the users that may use no other, with those who may use them."""
+    found: dict[str, tuple[str, ...]] = {}
+    for login in users(platform):
+        for sender in platform.sasl_users[login].senders:
+            found[sender] = (*found.get(sender, ()), login)
+    return found
+
+
 def proxy_sources(platform: Platform) -> tuple[IPNetwork, ...]:
     """The frontends' internal addresses: who may speak the PROXY protocol to us."""
     legs = [platform.internal_leg(frontend) for frontend in platform.members(Role.FRONTEND)]
@@ -132,6 +141,8 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 dane=outbound.tls is TlsLevel.DANE,
                 milters=milters(),
                 signer=signer(),
+                own_addresses=[u for u in users(platform) if platform.sasl_users[u].senders],
+                owners=owners(platform),
                 aliases=ALIASES,
             ),
             templated(

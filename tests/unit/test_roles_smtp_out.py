@@ -113,3 +113,39 @@ def test_postfix_starts_after_what_it_asks() -> None:
     services = {s.unit: s.order for s in compose(PLATFORM, OUT).services}
     for unit in ("nftables.service", "unbound.service", "dovecot.service", "opendkim.service"):
         assert services[unit] < services["postfix.service"]
+
+
+def test_a_login_with_senders_may_use_no_other() -> None:
+    person, server = (
+        PLATFORM.sasl_users[smtp_out.users(PLATFORM)[0]].model_copy(
+            update={"name": name, "senders": senders}
+        )
+        for name, senders in (("person", ()), ("server", ("@one.example", "a@two.example")))
+    )
+    other = server.model_copy(update={"name": "other", "senders": ("@one.example",)})
+    gone = server.model_copy(update={"name": "gone", "suspended": True})
+    users = {user.name: user for user in (person, server, other, gone)}
+    platform = PLATFORM.model_copy(update={"sasl_users": users})
+    assert smtp_out.owners(platform) == {
+        "@one.example": ("other", "server"),
+        "a@two.example": ("server",),
+    }
+    main = [line.strip() for line in rendered(platform)]
+    assert "{ @one.example = other server }" in main
+    assert [line for line in main if line.endswith("= own_addresses }")] == [
+        "{ other = own_addresses }",
+        "{ server = own_addresses }",
+    ]
+
+
+def test_without_such_logins_no_sender_is_looked_up() -> None:
+    users = {
+        name: user.model_copy(update={"senders": ()}) for name, user in PLATFORM.sasl_users.items()
+    }
+    platform = PLATFORM.model_copy(update={"sasl_users": users})
+    assert not [line for line in rendered(platform) if line.startswith("smtpd_sender_")]
+
+
+def rendered(platform: Platform) -> list[str]:
+    """Lines of smtp-out's main.cf."""
+    return smtp_out.fragment(platform, OUT).files["/etc/postfix/main.cf"].content.splitlines()
