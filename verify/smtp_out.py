@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 
-from mailsite.model import Host, IPAddress, NetworkKind, TlsLevel
+from mailsite.model import Host, IPAddress, NetworkKind, SaslUser, TlsLevel
 from verify import addresses, mailauth
 from verify.client import Client, Observer
 from verify.context import (
@@ -21,8 +21,10 @@ from verify.context import (
 )
 from verify.lab import Mail
 from verify.lookup import family
+from verify.passwords import password_of
 from verify.registry import Failed, Skipped, check
 from verify.smtp import CertificateRefused, Letter, Refused, Session, letter
+from verify.spam_filter import GTUBE, keys, redis, writer
 
 TOO_MANY = 421
 """What Postfix answers to a client that is over its limit (RFC 5321, section 3.8)."""
@@ -762,6 +764,145 @@ def limits_count_clients(ctx: Context) -> str:
     )
 
 
+@check("OUT-8", quick=True, alone=True)
+def users_are_held_to_their_limits(ctx: Context) -> str:
+    """GTUBE, too much mail, a suspended user and foreign senders are refused on the way out."""
+    observed = [_gtube_is_refused(ctx), _mail_is_counted(ctx), _suspended_users_are_refused(ctx)]
+    observed += [f"{_senders_are_own(ctx, user)}" for user in _bound_users(ctx)]
+    return "; ".join(observed)
+
+
+def _gtube_is_refused(ctx: Context) -> str:
+    domain, outside = ctx.sending_domains[0], ctx.lab.world.domain("generic")
+
+    def look(door: Door) -> None:
+        mail = letter(f"{{token}}@{domain}", f"{{token}}@{outside}")
+        with enter(ctx, door) as session:
+            content = mail.content + f"{GTUBE}\r\n".encode()
+            code, text = session.submit(mail.sender, [mail.recipient], content)
+        expect(500 <= code < 600, f"{door}: GTUBE is answered with {code} {text}")
+
+    doors = [frontend_doors(ctx)[0], *member_doors(ctx)]
+    each(doors, look)
+    return f"GTUBE refused on {len(doors)} ways out"
+
+
+def _mail_is_counted(ctx: Context) -> str:
+    """What one login sends through any member counts, and too much is refused for it alone.
+
+    The buckets of the limits are watched while they fill, and then filled but for one message:
+    the site's limits would take hundreds of mails to reach.
+    """
+    limits = ctx.platform.spam.user_limits
+    user, other = _free_users(ctx)[:2]
+    doors = [member_door(ctx, member) for member in ctx.members]
+    recipients = 3
+
+    def send(login: str, door: Door) -> tuple[int, str]:
+        domain, outside = ctx.sending_domains[0], ctx.lab.world.domain("generic")
+        mail = letter(f"{{token}}@{domain}", f"{{token}}@{outside}")
+        local, _, rest = mail.recipient.partition("@")
+        everyone = [f"{local}-{n}@{rest}" for n in range(recipients)]
+        with enter(ctx, door, login, password_of(ctx.state, login)) as session:
+            return session.submit(mail.sender, everyone, mail.content)
+
+    def sent(login: str, door: Door) -> None:
+        code, text = send(login, door)
+        expect(code == 250, f"{door}: mail of {login} is answered with {code} {text}")
+
+    with redis(ctx, writer(ctx)) as memory:
+
+        def level() -> dict[str, float]:
+            found = {k: memory.text("HGET", k, "b") for k in keys(memory, "RL*")}
+            return {k: float(v) for k, v in found.items() if v}
+
+        before = level()
+        for door in doors:
+            sent(user, door)
+
+        def filled(amount: int) -> str:
+            """The bucket that took ``amount``; it leaks a little meanwhile."""
+            rise = {k: v - before.get(k, 0.0) for k, v in level().items()}
+            found = [k for k, v in rise.items() if amount - 1 < v <= amount]
+            expect(len(found) == 1, f"{len(doors)} mails of {user} are counted as {rise}")
+            return found[0]
+
+        buckets = {
+            "messages": (len(doors), limits.messages, 1),
+            "recipients": (len(doors) * recipients, limits.recipients, recipients),
+        }
+        for what, (amount, limit, one) in buckets.items():
+            key = eventually(
+                partial(filled, amount), seconds=PROMPT, what=f"{what} of {len(doors)} members"
+            )
+            kept = memory.text("HGET", key, "b")
+            memory.call("HSET", key, "b", limit - one)
+            sent(user, doors[0])
+            for door in doors:
+                code, text = send(user, door)
+                expect(
+                    400 <= code < 500 and f"user_{what}" in text,
+                    f"{door}: more than {limit} {what} an hour are answered with {code} {text}",
+                )
+            sent(other, doors[-1])
+            memory.call("HSET", key, "b", kept)
+    return (
+        f"{user} beyond {limits.messages} messages or {limits.recipients} recipients an hour gets"
+        f" 4xx on all {len(doors)} members, {other} does not"
+    )
+
+
+def _free_users(ctx: Context) -> list[str]:
+    """Logins that may use any sender, others than the probe first: they have counts too."""
+    users = [u.name for u in ctx.platform.sasl_users.values() if not u.suspended and not u.senders]
+    if len(users) < 2:
+        raise Skipped("needs two logins that may use any sender")
+    return sorted(users, key=lambda name: name == ctx.probe.user)
+
+
+def _suspended_users_are_refused(ctx: Context) -> str:
+    suspended = [u.name for u in ctx.platform.sasl_users.values() if u.suspended]
+    if not suspended:
+        return "no user is suspended"
+
+    def look(case: tuple[Door, str]) -> None:
+        door, user = case
+        with door.session(ctx) as session:
+            session.secure(ctx.tls(), ctx.platform.names.smtp_out)
+            code, text = session.authenticate(user, password_of(ctx.state, user))
+        expect(code == 535, f"{door}: suspended {user} is answered with {code} {text}")
+
+    each([(door, user) for door in member_doors(ctx) for user in suspended], look)
+    return f"suspended {', '.join(suspended)} refused"
+
+
+def _bound_users(ctx: Context) -> list[SaslUser]:
+    return [u for u in ctx.platform.sasl_users.values() if u.senders and not u.suspended]
+
+
+def _senders_are_own(ctx: Context, user: SaslUser) -> str:
+    """A login that has senders may use those alone, however it writes its name."""
+    first = user.senders[0]
+    own = first if not first.startswith("@") else f"probe{first}"
+    domain = own.rpartition("@")[2]
+    foreign = next(d for d in (*ctx.sending_domains, "example.com") if f"@{d}" not in user.senders)
+    recipient = f"probe@{ctx.lab.world.domain('generic')}"
+
+    def look(case: tuple[Door, str]) -> None:
+        door, login = case
+        for sender, wanted in ((own, 2), (f"probe@{foreign}", 5), (f"probe@sub.{domain}", 5)):
+            with enter(ctx, door, login, password_of(ctx.state, user.name)) as session:
+                code, text = session.envelope(sender, recipient)
+                expect(
+                    code // 100 == wanted,
+                    f"{door}: {login} as {sender} is answered with {code} {text}",
+                )
+
+    logins = (user.name, f"{user.name}@{foreign}", user.name.upper())
+    each([(member_door(ctx, m), login) for m in ctx.members for login in logins], look)
+    return f"{user.name} sends as {', '.join(user.senders)} alone"
+
+
 def _refusal(ctx: Context, door: Door) -> int:
     """Connect and leave. Returns the greeting's code."""
     try:
@@ -779,4 +920,4 @@ def _expect_welcome(ctx: Context, door: Door, greedy: Client) -> None:
         raise Failed(f"while {greedy} is over its limit, another client fails: {error}") from error
 
 
-__all__ = ["Door", "enter", "frontend_doors", "member_doors", "submit"]
+__all__ = ["Door", "enter", "frontend_doors", "member_door", "member_doors", "submit"]

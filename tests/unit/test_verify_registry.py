@@ -12,7 +12,8 @@ from verify.context import Context
 from verify.registry import Check, Failed, Mode, Phase, Registry, SelectionError, contract_order
 
 BUILT = {
-    *(f"OUT-{n}" for n in range(1, 8)),
+    *(f"OUT-{n}" for n in range(1, 9)),
+    *(f"SPAM-{n}" for n in (1, 2, 3, 5, 6)),
     *(f"EDGE-{n}" for n in range(1, 5)),
     *(f"DNS-{n}" for n in range(1, 4)),
     *("HOST-1", "HOST-4", "HOST-5", "CHANGE-1", "CHANGE-8"),
@@ -32,7 +33,7 @@ def test_the_live_and_quick_sets_are_the_contracts() -> None:
     live = {c.id for c in checks.select(Mode.LIVE)}
     quick = {c.id for c in checks.select(Mode.QUICK)}
     assert live & BUILT == {"OUT-1", "OUT-2", "DNS-1", "DNS-2", "DNS-3"}
-    assert BUILT - quick == {"OUT-5", "EDGE-1", "EDGE-3", "HOST-5"}
+    assert BUILT - quick == {"OUT-5", "SPAM-3", "SPAM-6", "EDGE-1", "EDGE-3", "HOST-5"}
 
 
 def test_every_check_says_in_one_line_what_it_shows() -> None:
@@ -43,7 +44,7 @@ def test_every_check_says_in_one_line_what_it_shows() -> None:
 
 def test_a_check_lives_in_the_module_of_its_section() -> None:
     sections = {"OUT": "smtp_out", "EDGE": "nginx_streams", "DNS": "mail_dns"}
-    sections |= {"HOST": "host", "CHANGE": "change"}
+    sections |= {"HOST": "host", "CHANGE": "change", "SPAM": "rspamd"}
     for check in checks.all():
         assert check.function.__module__ == f"verify.{sections[check.id.partition('-')[0]]}"
 
