@@ -91,6 +91,9 @@ class Vm(pulumi.ComponentResource):
 
     Most changes of a domain replace it, and libvirt's unique names make the old one go first:
     the members of a cluster must not be replaced at the same time, which ``after`` sees to.
+
+    cloud-init runs at the first boot only. So what it says of the networks is part of the root
+    volume's name: with another address the volume is replaced, and the domain with it.
     """
 
     def __init__(self, name: str, args: VmArgs, opts: pulumi.ResourceOptions | None = None) -> None:
@@ -99,9 +102,10 @@ class Vm(pulumi.ComponentResource):
         if host.vm is None:
             raise ValueError(f"{host.name} is an existing machine, not a VM")
         pool = carrier.hypervisor.pool
+        generation = cloud_init.generation(args.platform, host)
         root = libvirt.Volume(
             f"{name}-root",
-            name=f"{host.name}-root",
+            name=f"{host.name}-root-{generation}",
             pool=pool,
             base_volume_id=carrier.image.id,
             size=host.vm.root_gib * _GIB,
@@ -130,10 +134,12 @@ class Vm(pulumi.ComponentResource):
                 lambda keys: cloud_init.user_data(host, args.deploy_public_key, keys[0], keys[1])
             )
         )
-        # cloud-init does not run again on a machine that lives: later changes are pushed.
+        # cloud-init does not run again on a machine that lives: later changes are pushed. One
+        # that is built anew gets a new disk under a new name, since a disk that is replaced
+        # would keep the old text of everything that is ignored.
         init = libvirt.CloudInitDisk(
-            f"{name}-init",
-            name=f"{host.name}-init.iso",
+            f"{name}-init-{generation}",
+            name=f"{host.name}-init-{generation}.iso",
             pool=pool,
             user_data=user_data,
             meta_data=cloud_init.meta_data(host),
@@ -173,7 +179,6 @@ class Vm(pulumi.ComponentResource):
                 provider=carrier.provider,
                 depends_on=list(args.after),
                 delete_before_replace=True,
-                ignore_changes=["cloudinit"],
             ),
         )
         self.register_outputs({})

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mailsite.model import Host, Interface, Platform
+from mailsite.model import Host, Interface, IPAddress, Platform, Subnet4, Subnet6
 
 AGENT = "/usr/local/sbin/mail-agent"
 DATA_LABEL = "mail-data"
@@ -154,17 +154,38 @@ def network_config(platform: Platform, host: Host) -> str:
     )
 
 
-def _ethernet(platform: Platform, host: Host, leg: Interface, *, first: bool) -> dict[str, Any]:
+def generation(platform: Platform, host: Host) -> str:
+    """A name for what ``host`` is told of its networks: 8 hexadecimal digits.
+
+    A machine hears of its addresses at its first boot only, so whoever is to have other ones is
+    built anew. Made from cards, addresses and routes alone, in an order of its own: a change of
+    this value replaces machines.
+    """
+    facts = [
+        [
+            mac_address(host, leg),
+            *(f"{a}/{net.prefix.prefixlen}" for a, net in _addresses(platform, leg)),
+            *(f"{route.prefix} {route.gateway}" for route in platform.routes(host, leg)),
+        ]
+        for leg in host.interfaces
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+
+
+def _addresses(
+    platform: Platform, leg: Interface
+) -> tuple[tuple[IPAddress, Subnet4 | Subnet6], ...]:
     network = platform.network_of(leg)
+    return ((leg.ipv4, network.ipv4), (leg.ipv6, network.ipv6))
+
+
+def _ethernet(platform: Platform, host: Host, leg: Interface, *, first: bool) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "match": {"macaddress": mac_address(host, leg)},
         "dhcp4": False,
         "dhcp6": False,
         "accept-ra": False,
-        "addresses": [
-            f"{leg.ipv4}/{network.ipv4.prefix.prefixlen}",
-            f"{leg.ipv6}/{network.ipv6.prefix.prefixlen}",
-        ],
+        "addresses": [f"{a}/{net.prefix.prefixlen}" for a, net in _addresses(platform, leg)],
         "routes": [
             {"to": str(route.prefix), "via": str(route.gateway)}
             for route in platform.routes(host, leg)

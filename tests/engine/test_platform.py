@@ -296,6 +296,43 @@ def test_more_memory_replaces_one_machine_at_a_time_and_keeps_its_data(
     ]
 
 
+def test_other_addresses_build_one_machine_at_a_time_anew_and_keep_its_data(
+    edited: Callable[[str, str, str], Project], platform: Platform, members: list[str]
+) -> None:
+    first, second = (platform.hosts[name] for name in members[:2])
+    moved = {host.name: host.interfaces[0].ipv4 + 1 for host in (first, second)}
+    one, two = (str(host.interfaces[0].ipv4) for host in (first, second))
+    project = edited("topology.yaml", f"ipv4: {one},", f"ipv4: {moved[first.name]},")
+    topology = Path(project.config["mail:site"]) / "topology.yaml"
+    topology.write_text(
+        topology.read_text().replace(f"ipv4: {two},", f"ipv4: {moved[second.name]},")
+    )
+    outcome = project.up(program)
+    assert outcome.ok, outcome.error
+    ends = [0]
+    for name, address in moved.items():
+        steps = [
+            f"destroy {name}",
+            f"delete {name}-root-.*",
+            f"create {name}-root-.*",
+            f"start {name}",
+            *(f"run {name}-{part}: .*" for part in ("secrets", "config", "confirm")),
+        ]
+        at = [n for step in steps for n in position(outcome.journal, step)]
+        assert len(at) == len(steps)
+        assert at == sorted(at)
+        assert at[0] >= ends[-1]
+        ends.append(at[-1])
+        seed = project.world.domains[name].seed
+        assert seed is not None
+        assert f'"{address}/' in seed.network_config
+        [push] = [run for run in project.world.runs if run.name == f"{name}-config"]
+        assert push.host == str(address)
+    touched = [x for x in outcome.journal if re.match("create|delete|destroy|start", x)]
+    assert len(touched) == 4 * len(moved), touched
+    assert not [line for line in touched if line.endswith("-data")]
+
+
 def test_a_grown_data_volume_changes_nothing(edited: Callable[[str, str, str], Project]) -> None:
     project = edited("topology.yaml", "data_gib: 8}", "data_gib: 16}")
     outcome = project.up(program)

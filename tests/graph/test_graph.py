@@ -263,7 +263,46 @@ def test_first_boot_is_frozen(graph: Graph) -> None:
     for disk in graph.of_type(CLOUD_INIT):
         assert set(disk.ignore_changes) == {"userData", "metaData", "networkConfig"}
     for domain in graph.of_type(DOMAIN):
-        assert domain.ignore_changes == ("cloudinit",)
+        assert not domain.ignore_changes  # its disks change only where it is built anew
+
+
+def test_another_deploy_key_builds_no_machine_anew(graph: Graph, site: str) -> None:
+    after = build(live_config(site, deployPublicKey="ssh-ed25519 " + "AAAA" * 17))
+
+    def heeded(found: Registration) -> dict[str, Any]:
+        return {k: v for k, v in found.inputs.items() if k not in found.ignore_changes}
+
+    for token in (DOMAIN, VOLUME, CLOUD_INIT):
+        for found in after.of_type(token):
+            assert heeded(found) == heeded(graph.registrations[found.urn])
+    for disk in after.of_type(CLOUD_INIT):
+        assert disk.inputs["userData"] != graph.registrations[disk.urn].inputs["userData"]
+
+
+def test_a_new_address_is_a_new_root_volume_and_a_new_first_boot(
+    edited: Callable[..., Graph], graphs: Callable[[str, bool], Graph]
+) -> None:
+    moved = "out1.hosts.example.org"
+
+    def move(data: Any) -> None:
+        data["hosts"][moved]["interfaces"][0]["ipv4"] = "198.51.100.50"
+
+    before, after = graphs("example", False), edited("example", "topology.yaml", move)
+
+    def disks(graph: Graph) -> dict[str, str]:
+        """Disks by resource name: the names that they have on the hypervisor."""
+        found = (*graph.of_type(VOLUME), *graph.of_type(CLOUD_INIT))
+        return {r.name: r.inputs["name"] for r in found}
+
+    old, new = disks(before), disks(after)
+    changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+    inits = {name for name in changed if name.startswith(f"{moved}-init-")}
+    assert changed == {f"{moved}-root", *inits}
+    assert len(inits) == 2  # a new resource: one that is replaced keeps what is ignored
+    [disk] = [d for d in after.of_type(CLOUD_INIT) if d.name in inits]
+    assert "198.51.100.50/26" in disk.inputs["networkConfig"]
+    assert after.one(DOMAIN, moved).inputs["cloudinit"] == f"{disk.name}-id"
+    assert before.one(DOMAIN, moved).inputs["disks"] == after.one(DOMAIN, moved).inputs["disks"]
 
 
 def test_domains_start_with_their_hypervisor_and_have_the_size_of_the_site_data(

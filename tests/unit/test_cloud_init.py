@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from mailsite import cloud_init
 from mailsite.loader import load_platform
-from mailsite.model import Host, Platform
+from mailsite.model import Host, Interface, Platform, World
 
 SITES = Path(__file__).parents[2] / "sites"
 PLATFORMS = [load_platform(SITES / name) for name in ("example", "prod")]
@@ -45,6 +45,52 @@ def test_cards_are_matched_by_address_and_get_all_addresses(platform: Platform, 
         assert [a.ip for a in given] == [interface.ipv4, interface.ipv6]
         assert [a.network for a in given] == [network.ipv4.prefix, network.ipv6.prefix]
         assert leg["dhcp4"] is leg["dhcp6"] is leg["accept-ra"] is False
+
+
+def test_a_generation_is_the_same_from_release_to_release() -> None:
+    """Where this fails, every operator's machines would be replaced: is that meant?"""
+    platform = PLATFORMS[0]
+    host = platform.hosts["out1.hosts.example.org"]
+    assert cloud_init.generation(platform, host) == "aad64354"
+
+
+@pytest.mark.parametrize(("platform", "host"), MACHINES)
+def test_other_addresses_cards_or_routes_are_another_generation(
+    platform: Platform, host: Host
+) -> None:
+    leg = host.interfaces[0]
+    network = platform.network_of(leg)
+
+    def in_network(**changes: Any) -> str:
+        changed = network.model_copy(update=changes)
+        networks = {**platform.networks, leg.network: changed}
+        return cloud_init.generation(platform.model_copy(update={"networks": networks}), host)
+
+    def with_first(changed: Interface) -> str:
+        legs = (changed, *host.interfaces[1:])
+        return cloud_init.generation(platform, host.model_copy(update={"interfaces": legs}))
+
+    wider = network.ipv4.prefix.supernet()
+    found = [
+        cloud_init.generation(platform, host),
+        cloud_init.generation(platform, host.model_copy(update={"name": f"x{host.name}"})),
+        with_first(leg.model_copy(update={"ipv4": leg.ipv4 + 100})),
+        with_first(leg.model_copy(update={"ipv6": leg.ipv6 + 100})),
+        in_network(ipv4=network.ipv4.model_copy(update={"gateway": leg.ipv4 + 1})),
+        in_network(ipv4=network.ipv4.model_copy(update={"prefix": wider})),
+    ]
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(("platform", "host"), MACHINES)
+def test_what_the_agent_brings_later_is_no_other_generation(platform: Platform, host: Host) -> None:
+    assert host.vm is not None
+    others = World(resolvers=(ip_address("192.0.2.53"),))
+    bigger = host.vm.model_copy(update={"memory_mib": 65536})
+    changed = host.model_copy(update={"vm": bigger, "login": "other"})
+    assert cloud_init.generation(platform.with_world(others), changed) == cloud_init.generation(
+        platform, host
+    )
 
 
 @pytest.mark.parametrize(("platform", "host"), MACHINES)
