@@ -10,6 +10,7 @@ from components.host import Access, ClusterArgs, Fleet
 from components.mail_dns import MailDns, MailDnsArgs, ZoneData, unpublished
 from components.nginx_streams import NginxStreams
 from components.operator import clear_errors
+from components.retired_hosts import RetiredHosts
 from components.rspamd import RspamdCluster
 from components.secrets import SecretStore, SecretStoreArgs
 from components.settings import Settings
@@ -66,6 +67,9 @@ smtp_in = SmtpInCluster("smtp-in", cluster(after=[*names.done, *policy.done]))
 everyone = [*rspamd.done, *smtp_out.done, *frontends.done, *smtp_in.done]
 services = dns(Stage.SERVICE, after=everyone)
 dns(Stage.MX, after=[*everyone, *services.done])
+
+# Nobody is led to a retired machine any more: the operator gets it back as it was before us.
+RetiredHosts("retired-hosts", cluster(after=[*everyone, *services.done]))
 
 pulumi.export("zones", zone_data.text)
 pulumi.export("reverse_zones", ptr_text(platform))

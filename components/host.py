@@ -70,8 +70,13 @@ class Fleet:
         return tuple(dict.fromkeys(name for names in self.needed.values() for name in names))
 
     def members(self, role: Role) -> tuple[SiteHost, ...]:
-        """Hosts that the cluster of ``role`` owns, in rolling order."""
-        return tuple(host for host in self.hosts if tier(host) is role)
+        """Hosts that the cluster of ``role`` owns, in rolling order: those that drain, too."""
+        return tuple(host for host in self.hosts if tier(host) is role and not host.retired)
+
+    @property
+    def retired(self) -> tuple[SiteHost, ...]:
+        """Existing machines that get their last push, which takes their roles away."""
+        return tuple(host for host in self.hosts if host.retired)
 
 
 class HostKeyError(ValueError):

@@ -146,8 +146,9 @@ def secrets_json(host: str, digest: str, files: Mapping[str, File]) -> str:
 
 
 def fragments(platform: Platform, host: Host) -> tuple[Fragment, ...]:
-    """What each role of ``host`` contributes, the base first."""
-    own = tuple(ROLES[role](platform, host) for role in host.roles if role in ROLES)
+    """What each role of ``host`` contributes, the base first; of a retired one, the base alone."""
+    roles = () if host.retired else host.roles
+    own = tuple(ROLES[role](platform, host) for role in roles if role in ROLES)
     ports = tuple(port for fragment in own for port in fragment.ports)
     return (base.fragment(platform, host, ports), *own)
 

@@ -54,7 +54,7 @@ def inbound_tiers_have_members(platform: Platform) -> Iterator[Finding]:
     if platform.mailboxes:
         tiers.append((Role.MAILDROP, "holds the mailboxes"))
     for role, purpose in tiers:
-        if not platform.members(role):
+        if not platform.serving(role):
             yield Finding(
                 ("hosts",),
                 "",

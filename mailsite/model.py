@@ -425,6 +425,10 @@ class Host(Frozen):
 
     Without ``vm`` it is an existing machine: it stays the operator's, see :class:`Base`.
     The default route leaves through the first interface.
+
+    A host leaves in two steps. ``draining``: nothing leads to it any more, no name in DNS and no
+    frontend, while it serves who still comes and delivers what it has. ``retired``, for existing
+    machines: it is pushed to once more, without its roles, so that what was the platform's goes.
     """
 
     name: Fqdn = Field(description="internal FQDN; the key in the topology file")
@@ -437,6 +441,12 @@ class Host(Frozen):
         default=None, description="existing machines: pinned public key"
     )
     login: Slug = "deploy"
+    draining: bool = False
+    retired: bool = False
+
+    @property
+    def is_leaving(self) -> bool:
+        return self.draining or self.retired
 
     @property
     def main_role(self) -> Role:
@@ -804,8 +814,12 @@ class Platform(Frozen):
     world: World = World()
 
     def members(self, role: Role) -> tuple[Host, ...]:
-        """Hosts with ``role``, in the order of the topology file: the rolling order."""
-        return tuple(h for h in self.hosts.values() if role in h.roles)
+        """Hosts that others are led to for ``role``, in the order of the topology file."""
+        return tuple(h for h in self.serving(role) if not h.is_leaving)
+
+    def serving(self, role: Role) -> tuple[Host, ...]:
+        """Hosts that run the daemons of ``role``: its members, and those that drain."""
+        return tuple(h for h in self.hosts.values() if role in h.roles and not h.retired)
 
     def internal_name(self, role: Role) -> str:
         """The name that stands for all members of ``role`` inside the platform."""

@@ -234,28 +234,33 @@ def own_names(platform: Platform) -> Iterator[OwnName]:
         )
 
 
-def inbound_legs(platform: Platform) -> Mapping[str, Interface]:
-    """Host name -> public leg, where mail comes in and forwards leave: each member of smtp-in."""
-    legs = ((h.name, platform.leg(h, NetworkKind.PUBLIC)) for h in platform.members(Role.SMTP_IN))
+def inbound_legs(platform: Platform, *, draining: bool = False) -> Mapping[str, Interface]:
+    """Host name -> public leg, where mail comes in and forwards leave: each member of smtp-in.
+
+    ``draining``: also the hosts that take no new mail, and forward what they have.
+    """
+    hosts = (platform.serving if draining else platform.members)(Role.SMTP_IN)
+    legs = ((host.name, platform.leg(host, NetworkKind.PUBLIC)) for host in hosts)
     return {name: leg for name, leg in legs if leg is not None}
 
 
 def senders(platform: Platform) -> Mapping[IPAddress, str]:
     """Addresses that deliver mail to the outside, with the name that their PTR must give.
 
-    Members of smtp-out with a site-local first leg leave through the egress gateways, others as
-    themselves. Members of smtp-in forward as themselves; the name is what they say HELO with.
+    Hosts of smtp-out with a site-local first leg leave through the egress gateways, others as
+    themselves. Those of smtp-in forward as themselves; the name is what they say HELO with. A
+    host that drains still sends what it has.
     """
     names = {a: own.name for own in own_names(platform) for a in own.addresses}
     found: dict[IPAddress, str] = {}
-    for host in platform.members(Role.SMTP_OUT):
+    for host in platform.serving(Role.SMTP_OUT):
         leg = host.interfaces[0]
         if platform.network_of(leg).kind is NetworkKind.PUBLIC:
             found |= {a: names.get(a, host.name) for a in (leg.ipv4, leg.ipv6)}
         else:
             for name, egress in platform.egress.items():
                 found |= {egress.ipv4: name, egress.ipv6: name}
-    for host_name, leg in inbound_legs(platform).items():
+    for host_name, leg in inbound_legs(platform, draining=True).items():
         found |= {a: names.get(a, host_name) for a in (leg.ipv4, leg.ipv6)}
     return found
 
@@ -551,7 +556,8 @@ def _inbound_records(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]:
     # Bounces that are forwarded have no sender either, and each member has a HELO name of its own.
     text = spf_text([f"include:{names.spf}", "-all"])
     known = senders(platform)
-    for name in dict.fromkeys(known[leg.ipv4] for leg in outside):
+    sending = inbound_legs(platform, draining=True).values()
+    for name in dict.fromkeys(known[leg.ipv4] for leg in sending):
         zone = zone_map.of(name, "HELO name of smtp-in")
         yield _txt(zone, name, text, "SPF of the HELO name, which bounces are checked by")
     srs = platform.inbound.srs_domain

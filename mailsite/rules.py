@@ -36,6 +36,9 @@ MAIL_ROLES = frozenset(
     {Role.SMTP_OUT, Role.SMTP_IN, Role.RSPAMD, Role.MAILDROP, Role.WEBMAIL, Role.FRONTEND}
 )
 
+#: Roles that a host can be relieved of by leading nobody to it.
+DRAINABLE_ROLES = frozenset({Role.SMTP_OUT, Role.SMTP_IN, Role.FRONTEND})
+
 #: Roles that keep state on the data volume, which only a virtual machine has.
 STATEFUL_ROLES = MAIL_ROLES - {Role.FRONTEND}
 
@@ -528,12 +531,57 @@ def host_keys_are_pinned(platform: Platform) -> Iterator[Finding]:
 @rule("hosts")
 def tiers_have_members(platform: Platform) -> Iterator[Finding]:
     for role in (Role.SMTP_OUT, Role.FRONTEND):
-        if not platform.members(role):
+        if not any(role in host.roles for host in platform.hosts.values()):
             yield Finding(
                 ("hosts",),
                 "",
                 f"no host has the role '{role}'",
                 f"give at least one host 'roles: [{role}]'",
+            )
+
+
+@rule("hosts")
+def somebody_stays(platform: Platform) -> Iterator[Finding]:
+    """Clients that are led away from a host are led to another one."""
+    for role in sorted(DRAINABLE_ROLES):
+        leaving = [h for h in platform.hosts.values() if role in h.roles and h.is_leaving]
+        if leaving and not platform.members(role):
+            last = leaving[-1]
+            yield Finding(
+                ("hosts", last.name, "retired" if last.retired else "draining"),
+                "true",
+                f"'{last.name}' is leaving, and no other host has the role '{role}'",
+                f"keep it until another host has 'roles: [{role}]' and serves",
+            )
+
+
+@rule()
+def hosts_leave_as_they_can(platform: Platform) -> Iterator[Finding]:
+    """A queue has to be empty before its machine goes; an existing machine is given back."""
+    for host in platform.hosts.values():
+        if host.retired and host.vm is not None:
+            yield Finding(
+                ("hosts", host.name, "retired"),
+                "true",
+                f"'{host.name}' is a virtual machine: there is nobody to give it back to, and "
+                "mail in its queue would be lost",
+                "write 'draining: true', and remove the host when its queue is empty",
+            )
+        elif host.retired and host.draining:
+            yield Finding(
+                ("hosts", host.name, "draining"),
+                "true",
+                f"'{host.name}' is retired, and has nothing to drain any more",
+                "keep 'retired'",
+            )
+        stays = [role for role in host.roles if role not in DRAINABLE_ROLES]
+        if host.draining and stays:
+            yield Finding(
+                ("hosts", host.name, "draining"),
+                "true",
+                f"'{host.name}' has the role '{stays[0]}', and only "
+                f"{', '.join(sorted(DRAINABLE_ROLES))} can be drained",
+                "remove 'draining'",
             )
 
 
@@ -670,10 +718,12 @@ def primary_is_a_member(platform: Platform) -> Iterator[Finding]:
     members = [h.name for h in platform.members(Role.SMTP_OUT)]
     primary = platform.outbound.primary
     if members and primary not in members:
+        leaving = primary in platform.hosts and platform.hosts[primary].is_leaving
+        role = f"host with the role '{Role.SMTP_OUT}'" + (" that stays" if leaving else "")
         yield Finding(
             ("outbound", "primary"),
             primary,
-            f"'{primary}' is no host with the role '{Role.SMTP_OUT}'",
+            f"'{primary}' is no {role}",
             closest(primary, members),
         )
 

@@ -487,6 +487,12 @@ class LabMachine:
                 )
         return found
 
+    def present(self, paths: set[str]) -> list[str]:
+        """Those of ``paths`` that are there, and the platform's own firewall table."""
+        found = self.call("find", *sorted(paths), "-maxdepth", "0").stdout.splitlines()
+        tables = self.run("nft", "list", "tables").splitlines()
+        return [*found, *(t for t in tables if t == "table {} {}".format(*OWN_TABLE))]
+
     def foreign_state(self, ours: set[str]) -> dict[str, str]:
         """Configuration and websites of others: path -> what tells a change; tables too.
 

@@ -11,7 +11,7 @@ from ipaddress import IPv4Address, ip_address
 from socket import AF_INET, AF_INET6, SOCK_DGRAM
 
 from mailsite.bundle import compose
-from mailsite.model import Host, IPAddress, Platform, Role
+from mailsite.model import Host, IPAddress, Platform
 from verify.client import Observer
 from verify.context import SUBMISSION, SUBMISSION_PROXY, Context, each, eventually, expect
 from verify.registry import Failed, check
@@ -307,6 +307,8 @@ def neighbours_are_left_alone(ctx: Context) -> str:
         machine.apply(without_us)
         _foreign_things_work(ctx, frontend)
         _expect_same(frontend, foreign, machine.foreign_state(ours), "the role was removed")
+        left = machine.present(_paths(ctx.platform, frontend) - _paths(without_us, frontend))
+        expect(not left, f"{frontend.name}: still there without the role: {', '.join(left)}")
         for door in frontend_doors(ctx):
             if door.name == frontend.name:
                 _is_gone(door)
@@ -325,9 +327,8 @@ def neighbours_are_left_alone(ctx: Context) -> str:
 
 
 def _without_the_role(ctx: Context, frontend: Host) -> Platform:
-    """The site data as it is when the operator takes the role from ``frontend``."""
-    roles = tuple(r for r in frontend.roles if r is not Role.FRONTEND) or (Role.SERVER,)
-    without = frontend.model_copy(update={"roles": roles})
+    """The site data as it is when the operator retires ``frontend``."""
+    without = frontend.model_copy(update={"retired": True})
     hosts = {**ctx.platform.hosts, frontend.name: without}
     return ctx.platform.model_copy(update={"hosts": hosts})
 

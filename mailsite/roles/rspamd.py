@@ -266,7 +266,7 @@ def _ports(platform: Platform) -> tuple[PortRule, ...]:
 
 
 def _legs(platform: Platform, *roles: Role) -> tuple[IPNetwork, ...]:
-    hosts = {host.name: host for role in roles for host in platform.members(role)}
+    hosts = {host.name: host for role in roles for host in platform.serving(role)}
     legs = [platform.internal_leg(host) for host in hosts.values()]
     return tuple(ip_network(a) for leg in legs for a in (leg.ipv4, leg.ipv6))
 

@@ -113,7 +113,7 @@ def owners(platform: Platform) -> Mapping[str, tuple[str, ...]]:
 
 def proxy_sources(platform: Platform) -> tuple[IPNetwork, ...]:
     """The frontends' internal addresses: who may speak the PROXY protocol to us."""
-    legs = [platform.internal_leg(frontend) for frontend in platform.members(Role.FRONTEND)]
+    legs = [platform.internal_leg(frontend) for frontend in platform.serving(Role.FRONTEND)]
     return tuple(ip_network(a) for leg in legs for a in (leg.ipv4, leg.ipv6))
 
 
