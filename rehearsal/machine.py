@@ -35,6 +35,20 @@ _BOOT_SECONDS = 30
 _STOP_SECONDS = 20
 
 
+_INSTANCES = Path("/proc/sys/fs/inotify/max_user_instances")
+_WANTED_INSTANCES = 1024
+
+
+def _let_units_watch() -> None:
+    """Let all machines' systemd watch their files: the kernel counts for root of all together.
+
+    A machine takes up to ten inotify instances, Debian allows 128, and a unit that cannot watch
+    its PID file fails (inotify(7)).
+    """
+    if int(_INSTANCES.read_text()) < _WANTED_INSTANCES:
+        _INSTANCES.write_text(f"{_WANTED_INSTANCES}\n")
+
+
 class MachineError(RehearsalError):
     """A machine could not be started, reached or removed."""
 
@@ -146,6 +160,7 @@ class Machine:
         if self.alive():
             return
         self._clean()
+        _let_units_watch()
         self.mount()
         try:
             network.plug(self.name, self.legs)

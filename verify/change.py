@@ -9,9 +9,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
 
 from mailsite.loader import SiteError, load_platform
 from verify.context import Context, each, expect
@@ -171,76 +175,108 @@ def _refused_by_the_program(ctx: Context, edit: Edit) -> str:
 
 def spoilers(ctx: Context) -> dict[str, Edit]:
     """Ways to spoil the site data, by what is then wrong."""
+    topology, site = (_Layout.of(ctx.site, name) for name in ("topology.yaml", "site.yaml"))
     member = ctx.members[0]
-    other = next(h for h in ctx.platform.hosts.values() if h is not member)
     leg = member.interfaces[0]
-    network = ctx.platform.networks[leg.network]
-    topology, site = "topology.yaml", "site.yaml"
+    first = ("hosts", member.name, "interfaces", 0)
     twin = next(
         (
-            i
-            for h in ctx.platform.hosts.values()
-            if h is not member
-            for i in h.interfaces
-            if i.network == leg.network
+            ("hosts", host.name, "interfaces", index, "ipv4")
+            for host in ctx.platform.hosts.values()
+            if host.name != member.name
+            for index, interface in enumerate(host.interfaces)
+            if interface.network == leg.network
         ),
         None,
     )
-
-    def after(file: str, pattern: str, spoil: Callable[[str], str]) -> Edit:
-        """Change the first line that matches ``pattern``."""
-
-        def edit(folder: Path) -> tuple[str, int]:
-            path = folder / file
-            lines = path.read_text("utf-8").splitlines()
-            number = next(n for n, text in enumerate(lines) if re.search(pattern, text))
-            lines[number] = spoil(lines[number])
-            path.write_text("\n".join(lines) + "\n", "utf-8")
-            return file, number + 1
-
-        return edit
-
-    def added(file: str, line: str) -> Edit:
-        def edit(folder: Path) -> tuple[str, int]:
-            path = folder / file
-            text = path.read_text("utf-8").rstrip("\n") + "\n" + line + "\n"
-            path.write_text(text, "utf-8")
-            return file, text.count("\n")
-
-        return edit
-
-    mine = re.escape(str(leg.ipv4)) + r"\b"
+    networks = ctx.platform.networks.values()
+    outside = next(
+        address
+        for address in ("203.0.113.77", "198.51.100.77", "192.0.2.77", "100.64.77.77")
+        if not any(ip_address(address) in network.ipv4.prefix for network in networks)
+    )
     cases = {
-        "unknown key": added(site, "colour: green"),
-        "bad YAML": added(site, "names: {smtp_out: ["),
-        "address outside its network": after(
-            topology, mine, lambda t: t.replace(str(leg.ipv4), "203.0.113.77")
-        ),
-        "bad address": after(topology, mine, lambda t: t.replace(str(leg.ipv4), "300.1.2.3")),
-        "host in no network": after(topology, mine, lambda t: t.replace(leg.network, "nowhere")),
-        "missing gateway": after(
-            topology,
-            re.escape(str(network.ipv4.prefix)),
-            lambda t: re.sub(r",\s*gateway:\s*[^},]+", "", t),
-        ),
-        "unknown TLS level": after(site, r"^\s+tls:", lambda t: t.split(":")[0] + ": sometimes"),
-        "primary that is no member": after(
-            site, r"^\s+primary:", lambda t: f"{t.split(':')[0]}: {other.name}x.example.org"
-        ),
-        "unknown role": after(
-            topology, r"roles: \[smtp-out\]", lambda t: t.replace("smtp-out", "smtp-outt")
-        ),
-        "bad domain name": after(site, r"^domain:", lambda t: "domain: Not_A_Domain."),
+        "unknown key": site.added("colour: green"),
+        "bad YAML": site.added("names: {smtp_out: ["),
+        "address outside its network": topology.changed(*first, "ipv4", to=outside),
+        "bad address": topology.changed(*first, "ipv4", to="300.1.2.3"),
+        "host in no network": topology.changed(*first, "network", to="nowhere"),
+        "missing gateway": topology.without("networks", leg.network, "ipv4", "gateway"),
+        "primary that is no member": site.changed("outbound", "primary", to="nobody.example.org"),
+        "unknown role": topology.changed("hosts", member.name, "roles", 0, to="smtp-outt"),
+        "bad domain name": site.changed("domain", to="Not_A_Domain."),
     }
+    if "tls" in site.data["outbound"]:
+        cases["unknown TLS level"] = site.changed("outbound", "tls", to="sometimes")
     if twin is not None:
-        cases["duplicate address"] = after(
-            topology,
-            re.escape(str(twin.ipv4)) + r"\b",
-            lambda t: t.replace(str(twin.ipv4), str(leg.ipv4)),
-        )
+        cases["duplicate address"] = topology.changed(*twin, to=str(leg.ipv4))
     if member.vm is not None:
-        hypervisor = member.vm.hypervisor
-        cases["unknown hypervisor"] = after(
-            topology, rf"hypervisor: {hypervisor}\b", lambda t: t.replace(hypervisor, "nobody")
+        cases["unknown hypervisor"] = topology.changed(
+            "hosts", member.name, "vm", "hypervisor", to="nobody"
         )
     return cases
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A file of the site data and where in it values stand, whatever the style of its YAML."""
+
+    name: str
+    data: Any
+
+    @classmethod
+    def of(cls, site: Path, name: str) -> _Layout:
+        return cls(name, YAML().load((site / name).read_text("utf-8")))
+
+    def changed(self, *keys: str | int, to: str) -> Edit:
+        """Write another value at the place that ``keys`` lead to."""
+        *path, last = keys
+        node = self._at(path)
+        line, column = node.lc.value(last) if isinstance(last, str) else node.lc.item(last)
+
+        def spoil(text: str) -> str:
+            return text[:column] + re.sub(rf"^{_SCALAR}", to, text[column:])
+
+        return self._line(line, spoil, blamed=line)
+
+    def without(self, *keys: str) -> Edit:
+        """Leave a key out; the one that it is missing under is to blame."""
+        *path, parent, last = keys
+        line, _ = self._at([*path, parent]).lc.key(last)
+        blamed, _ = self._at(path).lc.key(parent)
+
+        def spoil(text: str) -> str:
+            return re.sub(rf"(,\s*)?\b{last}:\s*{_SCALAR}", "", text)
+
+        return self._line(line, spoil, blamed=blamed)
+
+    def added(self, line: str) -> Edit:
+        """Write a line at the end."""
+
+        def edit(folder: Path) -> tuple[str, int]:
+            path = folder / self.name
+            text = path.read_text("utf-8").rstrip("\n") + "\n" + line + "\n"
+            path.write_text(text, "utf-8")
+            return self.name, text.count("\n")
+
+        return edit
+
+    def _at(self, keys: Iterable[str | int]) -> Any:
+        node = self.data
+        for key in keys:
+            node = node[key]
+        return node
+
+    def _line(self, number: int, spoil: Callable[[str], str], *, blamed: int) -> Edit:
+        def edit(folder: Path) -> tuple[str, int]:
+            path = folder / self.name
+            lines = path.read_text("utf-8").splitlines()
+            lines[number] = spoil(lines[number])
+            path.write_text("\n".join(lines) + "\n", "utf-8")
+            return self.name, blamed + 1
+
+        return edit
+
+
+_SCALAR = r"""("[^"]*"|'[^']*'|[^\s,}\]]+)"""
+"""A value on one line of YAML."""

@@ -54,7 +54,8 @@ class Context:
         state: Folder for what a run leaves behind.
         internet: A client somewhere on the internet.
         office: A client in a network of the operators; None where there is none.
-        local: A client in a site-local network; None on a live platform.
+        local: A client that the members serve directly: in a site-local network, or in the
+            operators' where there is none; None on a live platform.
         lookup: Resolves names as a client on the internet does.
     """
 

@@ -22,7 +22,7 @@ import dns.zone
 
 from mailsite.bundle import compose
 from mailsite.loader import load_platform
-from mailsite.model import Host, IPAddress, Platform
+from mailsite.model import Host, IPAddress, NetworkKind, Platform
 from rehearsal import cleanup, existing, network, platform_up
 from rehearsal.ca import Authority
 from rehearsal.image import Layers
@@ -730,6 +730,8 @@ def context(stack: Stack, folder: Path) -> Context:
     platform = load_platform(stack.site, state.world_overlay)
     lab = Lab(state, platform)
     internet = lab.observer("internet", "the internet")
+    office = lab.observer("office", "the office")
+    kinds = {network.kind for network in platform.networks.values()}
     return Context(
         platform=platform,
         site=stack.site,
@@ -737,8 +739,11 @@ def context(stack: Stack, folder: Path) -> Context:
         state=state.root,
         internet=internet,
         lookup=Lookup(internet.client(), tuple(plan.RESOLVER)),
-        office=lab.observer("office", "the office"),
-        local=lab.observer("local", "a site-local network"),
+        office=office,
+        # Without site-local networks nobody but the operators is near.
+        local=lab.observer("local", "a site-local network")
+        if NetworkKind.SITE_LOCAL in kinds
+        else office,
         given_probe=_probe(state, platform),
         given_lab=lab,
     )
