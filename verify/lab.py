@@ -677,6 +677,23 @@ class Lab:
         with self._alone():
             return platform_up.stack(self.state, Progress(quiet=True)).up(Progress(quiet=True))
 
+    @contextmanager
+    def using(self, site: Path) -> Iterator[None]:
+        """``up`` takes its site data from the folder ``site`` meanwhile."""
+        own = str(platform_up.current(self.state).config["mail:site"])
+        try:
+            self._configure("mail:site", str(site))
+            yield
+        finally:
+            self._configure("mail:site", own)
+
+    def _configure(self, key: str, value: str) -> None:
+        with self._alone():
+            program = platform_up.stack(self.state, Progress(quiet=True))
+            arguments = ("config", "set", "--stack", program.stack, key, value)
+            if program.pulumi(arguments) != 0:
+                raise Failed(f"pulumi {' '.join(arguments)} fails")
+
     def replace_with_bare(self, host: Host) -> None:
         """Have the engine replace the host's machine by one that starts from a bare Debian."""
         mark = self.state.bare / host.name

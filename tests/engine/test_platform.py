@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 from mailsite.loader import load_platform
-from mailsite.model import Platform, Role
+from mailsite.model import Host, Platform, Role
 from rehearsal.engine import Engine
 from rehearsal.program import stack_config
 from rehearsal.state import CHECKOUT
@@ -296,11 +297,18 @@ def test_more_memory_replaces_one_machine_at_a_time_and_keeps_its_data(
     ]
 
 
+def free_address(platform: Platform, host: Host) -> IPv4Address:
+    """Another address of the network that the host's first interface is in."""
+    subnet = platform.network_of(host.interfaces[0]).ipv4
+    taken = {a for other in platform.hosts.values() for a in other.addresses} | {subnet.gateway}
+    return next(a for a in subnet.prefix.hosts() if a not in taken)
+
+
 def test_other_addresses_build_one_machine_at_a_time_anew_and_keep_its_data(
     edited: Callable[[str, str, str], Project], platform: Platform, members: list[str]
 ) -> None:
     first, second = (platform.hosts[name] for name in members[:2])
-    moved = {host.name: host.interfaces[0].ipv4 + 1 for host in (first, second)}
+    moved = {host.name: free_address(platform, host) for host in (first, second)}
     one, two = (str(host.interfaces[0].ipv4) for host in (first, second))
     project = edited("topology.yaml", f"ipv4: {one},", f"ipv4: {moved[first.name]},")
     topology = Path(project.config["mail:site"]) / "topology.yaml"
