@@ -78,8 +78,9 @@ def test_a_retired_frontend_is_the_last_and_in_no_cluster(
         assert graph.reaches(config, other.urn)
         assert not graph.reaches(other, config.urn)
     for record in graph.of_type(DNS_RECORD):
-        assert graph.reaches(config, record.urn), record.name
         assert not graph.reaches(record, config.urn), record.name
+        if not record.parent.endswith("::dns-mx"):  # which leads to no frontend
+            assert graph.reaches(config, record.urn), record.name
 
 
 def test_retired_machines_do_not_wait_for_each_other(edited: Callable[..., Graph]) -> None:

@@ -30,7 +30,7 @@ def service_addresses(platform: Platform) -> set[str]:
     inside = (n for n in internal_names(platform) if n.name not in own)
     return {
         record.content
-        for record in static_records(platform, inbound=True)
+        for record in static_records(platform)
         if record.stage is Stage.SERVICE and record.type in (RecordType.A, RecordType.AAAA)
     } | {str(address) for name in inside for address in name.addresses}
 
@@ -53,7 +53,7 @@ def test_a_host_keeps_its_own_names_until_it_is_gone(name: str) -> None:
     how = {"retired": True} if name == EDGE else {"draining": True}
 
     def own(platform: Platform) -> list[Any]:
-        return [r for r in static_records(platform, inbound=True) if r.stage is Stage.HOST]
+        return [r for r in static_records(platform) if r.stage is Stage.HOST]
 
     assert own(leaving(name, **how)) == own(PLATFORM)
 
@@ -72,7 +72,7 @@ def test_a_host_that_drains_has_all_that_it_had(name: str) -> None:
 def test_what_drains_may_still_send_and_have_its_mail_looked_at(name: str) -> None:
     platform = leaving(name, draining=True)
     host = platform.hosts[name]
-    assert senders(platform, inbound=True) == senders(PLATFORM, inbound=True)
+    assert senders(platform) == senders(PLATFORM)
     filters = compose(platform, platform.members(Role.RSPAMD)[0]).files["/etc/nftables.conf"]
     assert str(host.interfaces[0].ipv4) in filters.content
     assert rspamd.members(platform) == rspamd.members(PLATFORM)
@@ -80,7 +80,7 @@ def test_what_drains_may_still_send_and_have_its_mail_looked_at(name: str) -> No
 
 def test_texts_of_helo_names_stay_while_forwards_are_in_the_queue() -> None:
     def texts(platform: Platform) -> set[str]:
-        found = static_records(platform, inbound=True)
+        found = static_records(platform)
         return {r.name for r in found if r.type is RecordType.TXT}
 
     assert texts(leaving(IN, draining=True)) == texts(PLATFORM)
