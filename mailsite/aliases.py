@@ -91,6 +91,23 @@ def route(platform: Platform, target: Target) -> str:
     return DISCARD_ADDRESS
 
 
+def main_address(platform: Platform, mailbox: str) -> str | None:
+    """The address that the owner of ``mailbox`` is best known by; None where none leads there.
+
+    One that is written like the mailbox comes before others, and the platform's own domain before
+    others; then the order of the site data decides.
+    """
+    found = [
+        (local != mailbox, name != platform.domain, str(Entry(name, local)))
+        for name, domain in platform.domains.items()
+        if domain.receives and not domain.retired
+        for local, targets in domain.addresses.items()
+        if local != CATCH_ALL
+        and any(isinstance(t, MailboxTarget) and t.mailbox == mailbox for t in targets)
+    ]
+    return min(found, key=lambda rank: rank[:2])[2] if found else None
+
+
 # -- What an address leads to ------------------------------------------------------------------
 
 

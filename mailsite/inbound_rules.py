@@ -82,8 +82,10 @@ def smtp_in_faces_the_internet(platform: Platform) -> Iterator[Finding]:
 
 @rule("internal_domain")
 def hosts_leave_the_names_of_tiers_alone(platform: Platform) -> Iterator[Finding]:
-    for role in (Role.SMTP_OUT, Role.RSPAMD, Role.MAILDROP):
-        name = platform.internal_name(role)
+    roles = (Role.SMTP_OUT, Role.RSPAMD, Role.MAILDROP)
+    taken = {platform.internal_name(role): role for role in roles}
+    taken[platform.webmail_backend] = Role.MAILDROP
+    for name, role in taken.items():
         if name in platform.hosts:
             yield Finding(
                 ("hosts", name),

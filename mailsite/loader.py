@@ -58,6 +58,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
         "outbound",
         "inbound",
         "spam",
+        "maildrop",
         "management",
         "probe",
         "site_local",
@@ -168,7 +169,7 @@ class _Reader:
                 line -= 1
             shown = lines[line - 1].strip() if lines else ""
             secret = any(key in shown for key in SECRET_KEYS)
-            if path.name == SASL_USERS_FILE:
+            if path.name in (SASL_USERS_FILE, MAILBOXES_FILE):
                 shown = ""
             self.fault(name, line, shown, *_syntax(error, shown, secret=secret))
             return None

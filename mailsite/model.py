@@ -200,6 +200,22 @@ def _password_hash(value: str) -> str:
     return value
 
 
+#: Bytes in a unit that a size may have.
+_UNITS = {"MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
+
+
+def _size(value: object) -> int:
+    """Accept a size with a unit, such as ``2 GiB``, and return its bytes."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise ValueError(f"{value} has no unit; write it like '{value} MiB' or '{value} GiB'")
+    text = _text(value, "a size such as '2 GiB'")
+    found = re.fullmatch(r"([1-9][0-9]{0,8}) ?([A-Za-z]+)", text)
+    if found is None or found[2] not in _UNITS:
+        units = ", ".join(_UNITS)
+        raise ValueError(f"{text!r} is no size; write a whole number with one of {units}")
+    return int(found[1]) * _UNITS[found[2]]
+
+
 def _selector(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", value):
         raise ValueError(f"{value!r} is no selector; use letters, digits and dashes")
@@ -313,6 +329,7 @@ Score = Annotated[float, Field(ge=0.1, le=1000)]
 LocalPart = Annotated[str, AfterValidator(_local_part)]
 Answers = Annotated[str, AfterValidator(_answers)]
 Label = Annotated[str, AfterValidator(_label)]
+Size = Annotated[int, PlainValidator(_size)]
 
 
 class Frozen(BaseModel):
@@ -594,10 +611,23 @@ class MailDomain(Frozen):
 
 
 class Mailbox(Frozen):
-    """A mailbox on the maildrop hosts. Addresses lead to it, see :class:`MailDomain`."""
+    """A mailbox on the maildrop hosts. Addresses lead to it, see :class:`MailDomain`.
+
+    Its owner reads and sends mail with one name and password; ``submission: false`` takes the
+    sending away, for owners with a login of their own in the SASL users. While it is
+    ``suspended`` nobody logs in, and mail still comes in. ``quota`` is in bytes.
+    """
 
     name: Annotated[str, AfterValidator(_login)]
     description: str
+    quota: Size | None = Field(default=None, description="None: as much as the disk holds")
+    submission: bool = True
+    suspended: bool = False
+    password_hash: PasswordHash | None = Field(
+        default=None,
+        repr=False,
+        description="Dovecot {SCHEME} hash; None: generated in the graph",
+    )
 
 
 class SaslUser(Frozen):
@@ -732,6 +762,17 @@ class Spam(Frozen):
     sentinel_port: Port = 26379
 
 
+class Maildrop(Frozen):
+    """The two hosts of the mailboxes, each with all of them.
+
+    ``primary`` is the one that mail and clients prefer; the other takes over while it is away.
+    ``managesieve`` are the networks that filters may be edited from.
+    """
+
+    primary: Fqdn
+    managesieve: tuple[Prefix, ...] = Field(min_length=1)
+
+
 class Management(Frozen):
     """Who may reach ssh: the networks of the operators."""
 
@@ -798,6 +839,9 @@ class Platform(Frozen):
     outbound: Outbound
     inbound: Inbound
     spam: Spam = Spam()
+    maildrop: Maildrop | None = Field(
+        default=None, description="None: the platform has no mailboxes"
+    )
     management: Management
     probe: Probe | None = None
     site_local: SiteLocal | None = Field(
@@ -829,6 +873,18 @@ class Platform(Frozen):
     def maildrop_domain(self) -> str:
         """The domain whose addresses are the mailboxes."""
         return self.internal_name(Role.MAILDROP)
+
+    @property
+    def webmail_backend(self) -> str:
+        """The name that webmail knows the mailboxes by: both replicas, without a preference."""
+        return f"{Role.MAILDROP}0.{self.internal_domain}"
+
+    @property
+    def replicas(self) -> tuple[Host, ...]:
+        """The hosts of the mailboxes, the primary first."""
+        primary = self.maildrop.primary if self.maildrop is not None else ""
+        members = self.members(Role.MAILDROP)
+        return tuple(sorted(members, key=lambda host: host.name != primary))
 
     def network_of(self, interface: Interface) -> Network:
         return self.networks[interface.network]

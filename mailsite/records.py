@@ -40,8 +40,14 @@ TTL_SHARED = 3600
 TTL_HOST = 3600
 TTL_FRONTEND = 600
 TTL_MEMBERS = 60
+TTL_MAILDROP = 300
 TTL_MX = 86400
 MX_PREFERENCE = 10
+MX_STEP = 10
+
+#: Whether the mailboxes are in service: their records, the streams that lead to them, and the
+#: logins of their owners on submission.
+MAILDROP_PUBLISHED = False
 
 _SPF_TERM = re.compile(
     r"[+?~-]?(?:include:\S+|a|a[:/]\S+|mx|mx[:/]\S+|ptr|ptr:\S+|ip4:\S+|ip6:\S+|exists:\S+)"
@@ -387,21 +393,31 @@ def dkim_record(
 # -- the whole ---------------------------------------------------------------------------------
 
 
-def static_records(platform: Platform) -> tuple[Record, ...]:
-    """Every record but the DKIM keys, in reading order. Checked by :func:`check`."""
+def static_records(
+    platform: Platform, *, maildrop: bool = MAILDROP_PUBLISHED
+) -> tuple[Record, ...]:
+    """Every record but the DKIM keys, in reading order. Checked by :func:`check`.
+
+    ``maildrop``: with those that lead to the mailboxes.
+    """
     zone_map = ZoneMap(platform)
     found = (
         *_host_records(platform, zone_map),
         *_policy_records(platform, zone_map),
         *_service_records(platform, zone_map),
         *_inbound_records(platform, zone_map),
+        *(_maildrop_records(platform, zone_map) if maildrop else ()),
     )
     check(found)
     return found
 
 
-def records(platform: Platform, dkim_public: Mapping[str, str]) -> tuple[Record, ...]:
+def records(
+    platform: Platform, dkim_public: Mapping[str, str], *, maildrop: bool = MAILDROP_PUBLISHED
+) -> tuple[Record, ...]:
     """Every record of the platform. ``dkim_public``: ``domain/selector`` -> public key.
+
+    ``maildrop``: with those that lead to the mailboxes.
 
     Raises:
         RecordError: a key is missing, or the records contradict each other.
@@ -413,7 +429,7 @@ def records(platform: Platform, dkim_public: Mapping[str, str]) -> tuple[Record,
         if label not in dkim_public:
             raise RecordError(f"no public key given for DKIM key {label!r}")
         keys.append(dkim_record(platform, domain, key, dkim_public[label], zone_map))
-    found = (*static_records(platform), *keys)
+    found = (*static_records(platform, maildrop=maildrop), *keys)
     check(found)
     return found
 
@@ -568,6 +584,45 @@ def _inbound_records(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]:
         if domain.receives and not domain.retired:
             zone = zone_map.of(domain.name, "mail domain")
             yield _mx(platform, zone, domain.name, "Mail for this domain comes in through smtp-in")
+
+
+def _maildrop_records(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]:
+    """What leads mail, mail clients and webmail to the mailboxes."""
+    replicas = platform.replicas
+    if not replicas:
+        return
+    domain = platform.maildrop_domain
+    zone = zone_map.of(domain, "domain of the mailboxes")
+    for number, host in enumerate(replicas):
+        yield Record(
+            zone=zone,
+            name=domain,
+            type=RecordType.MX,
+            ttl=TTL_MAILDROP,
+            content=host.name,
+            priority=MX_PREFERENCE + number * MX_STEP,
+            why="smtp-in delivers to the first replica that answers",
+            stage=Stage.SERVICE,
+        )
+    yield from _addresses(
+        zone,
+        platform.webmail_backend,
+        addresses_of([platform.internal_leg(host) for host in replicas]),
+        TTL_MAILDROP,
+        "Both replicas of the mailboxes, for webmail",
+        Stage.SERVICE,
+    )
+    names = platform.names
+    if names.imap != names.frontend:
+        yield Record(
+            zone=zone_map.of(names.imap, "names.imap"),
+            name=names.imap,
+            type=RecordType.CNAME,
+            ttl=TTL_MEMBERS,
+            content=names.frontend,
+            why="IMAP (993) and ManageSieve (4190) enter through the frontends",
+            stage=Stage.SERVICE,
+        )
 
 
 def _mx(platform: Platform, zone: str, name: str, why: str) -> Record:

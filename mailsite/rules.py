@@ -1,7 +1,8 @@
 """Rules that span several objects of a platform.
 
 The model says what one object may look like; here is what must be true of them together. Rules
-about mail that comes in are in :mod:`mailsite.inbound_rules`.
+about mail that comes in are in :mod:`mailsite.inbound_rules`, those about mailboxes in
+:mod:`mailsite.mailbox_rules`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import IPv4Network, ip_network
 from itertools import combinations
 
-from mailsite import inbound_rules
+from mailsite import inbound_rules, mailbox_rules
 from mailsite.model import (
     Host,
     Interface,
@@ -67,7 +68,7 @@ def check(platform: Platform, incomplete: frozenset[str] = frozenset()) -> list[
     """
     return [
         finding
-        for whole, function in (*BOOK.rules, *inbound_rules.BOOK.rules)
+        for whole, function in (*BOOK.rules, *inbound_rules.BOOK.rules, *mailbox_rules.BOOK.rules)
         if not whole & incomplete
         for finding in function(platform)
     ]
@@ -583,20 +584,6 @@ def hosts_leave_as_they_can(platform: Platform) -> Iterator[Finding]:
                 f"{', '.join(sorted(DRAINABLE_ROLES))} can be drained",
                 "remove 'draining'",
             )
-
-
-@rule()
-def maildrop_is_a_pair(platform: Platform) -> Iterator[Finding]:
-    members = platform.members(Role.MAILDROP)
-    for host in members[2:]:
-        yield Finding(
-            ("hosts", host.name, "roles"),
-            Role.MAILDROP.value,
-            f"'{host.name}' is a maildrop replica beside {members[0].name} and {members[1].name}: "
-            "mailboxes are kept equal between two, and with three a change that meets another "
-            "on its way round can be lost or doubled",
-            "keep two hosts with the role 'maildrop'",
-        )
 
 
 # -- Names ------------------------------------------------------------------------------------

@@ -13,6 +13,16 @@ def sasl_hash(user: str) -> str:
     return f"sasl/{user}"
 
 
+def mailbox_hash(mailbox: str) -> str:
+    """Dovecot hash of a mailbox's password, ``{SCHEME}...``."""
+    return f"mailbox/{mailbox}"
+
+
+def pairsync_secret() -> str:
+    """What the two maildrop hosts show each other: 32 characters or more, without spaces."""
+    return "pairsync/secret"
+
+
 def certificate_chain(fqdn: str) -> str:
     """PEM certificate of a service name, followed by its intermediates."""
     return f"certificate/{fqdn}/chain"

@@ -2,7 +2,8 @@
 
 Names are plain strings: ``dkim/<domain>/<selector>``, ``sasl/<user>``,
 ``certificate/<fqdn>/chain``, ``certificate/<fqdn>/key``, ``ssh-host-key/<host>``, ``srs/<key>``,
-``redis/password``, ``rspamd/controller-password`` and ``rspamd/controller-hash``.
+``redis/password``, ``rspamd/controller-hash``, ``rspamd/controller-password``,
+``mailbox/<name>`` and ``pairsync/secret``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from mailsite.secret_names import (
     certificate_chain,
     certificate_key,
     dkim_key,
+    mailbox_hash,
+    pairsync_secret,
     redis_password,
     rspamd_controller_hash,
     rspamd_controller_password,
@@ -25,6 +28,8 @@ __all__ = [
     "certificate_chain",
     "certificate_key",
     "dkim_key",
+    "mailbox_hash",
+    "pairsync_secret",
     "redis_password",
     "required",
     "rspamd_controller_hash",

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mailsite.fragment import Check, Fragment, PortRule, Service, TcpHealth, UnitHealth, templated
+from mailsite.fragment import (
+    Check,
+    CommandHealth,
+    Fragment,
+    PortRule,
+    Service,
+    TcpHealth,
+    UnitHealth,
+    templated,
+)
 from mailsite.loader import Problem, SiteError
-from mailsite.model import Host, IPAddress, Platform, Role
+from mailsite.model import Host, IPAddress, IPNetwork, Platform, Role
+from mailsite.records import MAILDROP_PUBLISHED
+from mailsite.roles.dovecot import (
+    IMAPS,
+    MANAGESIEVE,
+    PROXIED_IMAPS,
+    PROXIED_MANAGESIEVE,
+    greets,
+)
 from mailsite.roles.smtp_out import PROXIED_SUBMISSION, SUBMISSION
 
 ROLE = Role.FRONTEND.value
@@ -23,46 +40,113 @@ class Server:
     backup: bool
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A port of the frontends that leads to a cluster: the primary, then the others as backups.
+
+    ``name`` is the file's. ``networks``: who may come in; None: everyone. ``timeout`` is for
+    NGINX: longer than any pause that ``daemon`` allows a client.
+    """
+
+    name: str
+    port: int
+    servers: tuple[Server, ...]
+    daemon: str
+    timeout: str
+    why: str
+    networks: tuple[IPNetwork, ...] | None = None
+
+    @property
+    def upstream(self) -> str:
+        return self.name.replace("-", "_")
+
+
+def streams(platform: Platform, *, maildrop: bool = MAILDROP_PUBLISHED) -> tuple[Stream, ...]:
+    """What every frontend serves. ``maildrop``: with the streams to the mailboxes."""
+    outbound = Stream(
+        name="smtp-out",
+        port=SUBMISSION,
+        servers=servers(platform),
+        daemon="Postfix",
+        timeout="10m",
+        why="submission",
+    )
+    if not maildrop or platform.maildrop is None:
+        return (outbound,)
+    replicas = platform.replicas
+    return (
+        outbound,
+        Stream(
+            name="imap",
+            port=IMAPS,
+            servers=_servers(platform, replicas, PROXIED_IMAPS),
+            daemon="Dovecot",
+            # A client that waits for mail says something every 29 minutes (RFC 2177).
+            timeout="35m",
+            why="imaps",
+        ),
+        Stream(
+            name="managesieve",
+            port=MANAGESIEVE,
+            servers=_servers(platform, replicas, PROXIED_MANAGESIEVE),
+            daemon="Dovecot",
+            timeout="35m",
+            why="managesieve: the networks of the site data",
+            networks=platform.maildrop.managesieve,
+        ),
+    )
+
+
 def servers(platform: Platform) -> tuple[Server, ...]:
-    """The members of smtp-out: the site's primary first, then the others as backups.
+    """The members of smtp-out: the site's primary first, then the others as backups."""
+    primary = platform.outbound.primary
+    members = sorted(platform.members(Role.SMTP_OUT), key=lambda host: host.name != primary)
+    return _servers(platform, members, PROXIED_SUBMISSION)
+
+
+def _servers(platform: Platform, members: Sequence[Host], port: int) -> tuple[Server, ...]:
+    """``members`` as NGINX sees them: all but the first are backups.
 
     One line per member: with one per family a dead member would cost clients twice the connect
     timeout. IPv4, because every member has it and it needs no duplicate address detection after
     a boot; which family the client uses does not depend on it, the PROXY header says so.
     """
-    primary = platform.outbound.primary
-    members = sorted(platform.members(Role.SMTP_OUT), key=lambda host: host.name != primary)
     return tuple(
         Server(
             name=member.name,
             address=platform.internal_leg(member).ipv4,
-            port=PROXIED_SUBMISSION,
-            backup=member.name != primary,
+            port=port,
+            backup=number > 0,
         )
-        for member in members
+        for number, member in enumerate(members)
     )
 
 
-def fragment(platform: Platform, host: Host) -> Fragment:
-    """What makes ``host`` a frontend."""
+def fragment(platform: Platform, host: Host, *, maildrop: bool = MAILDROP_PUBLISHED) -> Fragment:
+    """What makes ``host`` a frontend. ``maildrop``: with the streams to the mailboxes."""
     problems = [*_problems(platform)]
     if problems:
         raise SiteError(problems)
+    served = streams(platform, maildrop=maildrop)
+    source = platform.internal_leg(host).ipv4
     files = dict(
         (
             templated("frontend/etc/nginx/modules-enabled/90-mail-streams.conf.j2"),
-            templated(
-                "frontend/etc/nginx/mail-streams.d/smtp-out.conf.j2",
-                port=SUBMISSION,
-                servers=servers(platform),
-                source=platform.internal_leg(host).ipv4,
+            *(
+                templated(
+                    f"frontend/etc/nginx/mail-streams.d/{stream.name}.conf.j2",
+                    stream=stream,
+                    source=source,
+                )
+                for stream in served
             ),
         )
     )
+    mailboxes = [stream for stream in served if stream.port == IMAPS]
     return Fragment(
         role=ROLE,
         files=files,
-        ports=(PortRule(SUBMISSION, None, "submission"),),
+        ports=tuple(PortRule(stream.port, stream.networks, stream.why) for stream in served),
         packages=("libnginx-mod-stream", "nginx"),
         checks=(Check("nginx", ("nginx", "-t", "-q"), ("/etc/nginx/",)),),
         services=(
@@ -75,6 +159,11 @@ def fragment(platform: Platform, host: Host) -> Fragment:
             # Through the stream to a member: what clients see.
             TcpHealth("127.0.0.1", SUBMISSION, expect=f"220 {platform.names.smtp_out} ESMTP"),
             TcpHealth("::1", SUBMISSION, expect=f"220 {platform.names.smtp_out} ESMTP"),
+            *(
+                CommandHealth(greets(address, stream.port))
+                for stream in mailboxes
+                for address in ("127.0.0.1", "::1")
+            ),
         ),
     )
 

@@ -23,6 +23,7 @@ from mailsite.fragment import (
 )
 from mailsite.loader import Problem, SiteError
 from mailsite.model import Host, IPNetwork, MailDomain, Platform, Role, TlsLevel
+from mailsite.records import MAILDROP_PUBLISHED
 from mailsite.roles.base import CA_FOLDER, internal_clients
 from mailsite.roles.postfix import (
     ALIASES,
@@ -39,7 +40,7 @@ from mailsite.roles.postfix import (
     queue_health,
     spam_filter,
 )
-from mailsite.secret_names import dkim_key, sasl_hash
+from mailsite.secret_names import dkim_key, mailbox_hash, sasl_hash
 
 ROLE = Role.SMTP_OUT.value
 SUBMISSION = 587
@@ -97,9 +98,20 @@ def signers(platform: Platform) -> tuple[Signer, ...]:
     return tuple(sorted(found, key=lambda signer: -signer.domain.count(".")))
 
 
-def users(platform: Platform) -> tuple[str, ...]:
-    """SASL users that may log in, in alphabetical order."""
-    return tuple(sorted(u.name for u in platform.sasl_users.values() if not u.suspended))
+def logins(platform: Platform, *, maildrop: bool = MAILDROP_PUBLISHED) -> Mapping[str, str]:
+    """Who may log in, in alphabetical order, and the secret that holds the password's hash.
+
+    ``maildrop``: with the owners of mailboxes. No name is both, see
+    :func:`mailsite.mailbox_rules.a_login_is_one_person_with_one_password`.
+    """
+    found = {u.name: sasl_hash(u.name) for u in platform.sasl_users.values() if not u.suspended}
+    if maildrop:
+        found |= {
+            box.name: mailbox_hash(box.name)
+            for box in platform.mailboxes.values()
+            if box.submission and not box.suspended
+        }
+    return {name: found[name] for name in sorted(found)}
 
 
 def owners(platform: Platform) -> Mapping[str, tuple[str, ...]]:
@@ -117,8 +129,8 @@ def proxy_sources(platform: Platform) -> tuple[IPNetwork, ...]:
     return tuple(ip_network(a) for leg in legs for a in (leg.ipv4, leg.ipv6))
 
 
-def fragment(platform: Platform, host: Host) -> Fragment:
-    """What makes ``host`` a member of smtp-out."""
+def fragment(platform: Platform, host: Host, *, maildrop: bool = MAILDROP_PUBLISHED) -> Fragment:
+    """What makes ``host`` a member of smtp-out. ``maildrop``: with the logins of mailboxes."""
     problems = [*_problems(platform, host)]
     if problems:
         raise SiteError(problems)
@@ -162,15 +174,15 @@ def fragment(platform: Platform, host: Host) -> Fragment:
             ),
         )
     )
-    logins = {user: sasl_hash(user) for user in users(platform)}
+    users = logins(platform, maildrop=maildrop)
     secret_files = {
         certificate: certificate_file(name),
         "/etc/dovecot/sasl-users": SecretFile(
-            secrets=tuple(logins.values()),
+            secrets=tuple(users.values()),
             group="dovecot",
             mode=0o640,
             template="smtp_out/etc/dovecot/sasl-users.j2",
-            context={"logins": logins},
+            context={"logins": users},
         ),
     } | {
         signer.key_path: SecretFile(secrets=(signer.secret,), owner="opendkim", group="opendkim")

@@ -86,12 +86,14 @@ def secret_values(platform: Platform, host: Host) -> Mapping[str, str]:
     made = {}
     for name in required(platform, host):
         match name.split("/"):
-            case ["sasl", _]:
+            case ["sasl" | "mailbox", _]:
                 made[name] = PASSWORD_HASH
             case ["certificate", fqdn, "chain"]:
                 made[name] = certificate(fqdn)
             case ["srs", given] | ["redis", given]:
                 made[name] = f"invented{given}0123456789abcdef"
+            case ["pairsync", given] | ["rspamd", "controller-password" as given]:
+                made[name] = f"invented{given}0123456789abcdef0123456789"
             case ["rspamd", _]:
                 made[name] = CONTROLLER_HASH
             case _:
