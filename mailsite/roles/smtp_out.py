@@ -22,7 +22,7 @@ from mailsite.fragment import (
     templated,
 )
 from mailsite.loader import Problem, SiteError
-from mailsite.model import Host, IPNetwork, MailDomain, Platform, Role, TlsLevel
+from mailsite.model import Host, IPNetwork, MailDomain, Platform, Role, SaslUser, TlsLevel
 from mailsite.records import MAILDROP_PUBLISHED
 from mailsite.roles.base import CA_FOLDER, internal_clients
 from mailsite.roles.postfix import (
@@ -114,12 +114,18 @@ def logins(platform: Platform, *, maildrop: bool = MAILDROP_PUBLISHED) -> Mappin
     return {name: found[name] for name in sorted(found)}
 
 
+def bound_users(platform: Platform) -> tuple[SaslUser, ...]:
+    """SASL users that may send with their own addresses alone, in alphabetical order."""
+    found = [u for u in platform.sasl_users.values() if u.senders and not u.suspended]
+    return tuple(sorted(found, key=lambda user: user.name))
+
+
 def owners(platform: Platform) -> Mapping[str, tuple[str, ...]]:
     """Envelope senders of the users that may use no other, with those who may use them."""
     found: dict[str, tuple[str, ...]] = {}
-    for login in users(platform):
-        for sender in platform.sasl_users[login].senders:
-            found[sender] = (*found.get(sender, ()), login)
+    for user in bound_users(platform):
+        for sender in user.senders:
+            found[sender] = (*found.get(sender, ()), user.name)
     return found
 
 
@@ -153,7 +159,7 @@ def fragment(platform: Platform, host: Host, *, maildrop: bool = MAILDROP_PUBLIS
                 dane=outbound.tls is TlsLevel.DANE,
                 milters=milters(),
                 signer=signer(),
-                own_addresses=[u for u in users(platform) if platform.sasl_users[u].senders],
+                own_addresses=[user.name for user in bound_users(platform)],
                 owners=owners(platform),
                 aliases=ALIASES,
             ),
