@@ -80,7 +80,12 @@ def make(engine: Engine, folder: Path, platform: Platform) -> Project:
         },
         secrets={
             "mail:deployKey": private,
-            "mail:certificates": json.dumps({platform.names.smtp_out: {"chain": PEM, "key": PEM}}),
+            "mail:certificates": json.dumps(
+                {
+                    name: {"chain": PEM, "key": PEM}
+                    for name in (platform.names.smtp_out, platform.names.smtp_in)
+                }
+            ),
         },
     )
 
