@@ -376,7 +376,7 @@ def _ports(platform: Platform) -> tuple[PortRule, ...]:
 
 
 def _legs(platform: Platform, role: Role) -> tuple[IPNetwork, ...]:
-    legs = [platform.internal_leg(host) for host in platform.members(role)]
+    legs = [platform.internal_leg(host) for host in platform.serving(role)]
     return tuple(ip_network(a) for leg in legs for a in (leg.ipv4, leg.ipv6))
 
 

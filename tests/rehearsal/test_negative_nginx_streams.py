@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from verify.context import SUBMISSION, SUBMISSION_PROXY, Context
+from verify.lab import LabMachine
 
 from .faults import changed_by_hand, edit, expect_green, expect_red, setting
 
@@ -80,3 +83,10 @@ def test_a_changed_foreign_website_turns_edge_4_red(platform_up: Context) -> Non
         expect_red(platform_up, "EDGE-4", "Welcome to nginx")
     finally:
         machine.run("tee", page, input=kept)
+
+
+def test_a_role_that_stays_behind_turns_edge_4_red(
+    platform_up: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LabMachine, "apply", lambda self, platform=None: "")
+    expect_red(platform_up, "EDGE-4", f"still there without the role: .*{STREAM}")
