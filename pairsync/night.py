@@ -14,7 +14,7 @@ def last_slot(user: str, now: float, config: PassConfig) -> float:
     """The latest moment up to ``now`` (seconds since 1970) that was the user's in a night."""
     share = zlib.crc32(user.encode()) / 2**32
     local = time.localtime(now)
-    midnight = now - (local.tm_hour * 3600 + local.tm_min * 60 + local.tm_sec)
+    midnight = int(now) - (local.tm_hour * 3600 + local.tm_min * 60 + local.tm_sec)
     slot = midnight + config.start_seconds + share * config.hours * 3600
     while slot > now:
         slot -= _DAY

@@ -354,8 +354,7 @@ class Server:
 
     def scripts(self, user: str) -> dict[str, bool]:
         """Scripts -> whether active."""
-        said = self.run("doveadm", "sieve", "list", "-u", user)
-        return {line.split()[0]: "ACTIVE" in line for line in said.splitlines()}
+        return _scripts(self.run("doveadm", "sieve", "list", "-u", user))
 
     # pairsync ----------------------------------------------------------------------------------
 
@@ -412,23 +411,22 @@ class Server:
 
     def contents(self, user: str) -> dict[str, Any]:
         """Folders with uid, flags and message id of every mail; subscriptions; scripts."""
-        folders: dict[str, list[tuple[str, ...]]] = {
-            f: [] for f in self.run("doveadm", "mailbox", "list", "-u", user).splitlines()
-        }
-        said = self.run(
-            *("doveadm", "-f", "tab", "fetch", "-u", user),
-            *("mailbox uid guid flags hdr.message-id", "all"),
-        )
-        for line in said.splitlines()[1:]:
+        listed, subscribed, scripts, mails = self.shell(
+            f"doveadm mailbox list -u {user}; echo ----;"
+            f"doveadm mailbox list -s -u {user}; echo ----;"
+            f"doveadm sieve list -u {user}; echo ----;"
+            f"doveadm -f tab fetch -u {user} "
+            "'mailbox uid guid flags hdr.message-id' all"
+        ).split("----\n")
+        folders: dict[str, list[tuple[str, ...]]] = {f: [] for f in listed.splitlines()}
+        for line in mails.splitlines()[1:]:
             mailbox, uid, guid, flags, message = line.split("\t")
             kept = " ".join(sorted(f for f in flags.split() if f != "\\Recent"))
             folders[mailbox].append((uid, guid, kept, message))
         return {
-            "folders": {name: sorted(mails) for name, mails in folders.items()},
-            "subscribed": sorted(
-                self.run("doveadm", "mailbox", "list", "-s", "-u", user).splitlines()
-            ),
-            "scripts": self.scripts(user),
+            "folders": {name: sorted(found) for name, found in folders.items()},
+            "subscribed": sorted(subscribed.splitlines()),
+            "scripts": _scripts(scripts),
         }
 
     def tags(self, user: str) -> list[str]:
@@ -443,6 +441,7 @@ class Pair:
     def __init__(self, layers: Sequence[Path], folder: Path, users: int = 20) -> None:
         self.authority = Authority()
         self.users = [f"u{number}" for number in range(users)]
+        self._unused = list(self.users)
         self.a = Server(0, layers, folder / "a")
         self.b = Server(1, layers, folder / "b")
 
@@ -469,6 +468,11 @@ class Pair:
             server.run("ip", "address", "add", f"{server.address}/24", "dev", "pair")
             server.run("ip", "link", "set", "pair", "up")
 
+    def connect_again(self) -> None:
+        """The cable went with the machine that lost its power: plug in another."""
+        wait_for("the old cable is gone", lambda: "pair" not in self.a.run("ip", "link"))
+        self.connect()
+
     def wait_up(self) -> None:
         for server in self.both:
             wait_for(
@@ -481,11 +485,30 @@ class Pair:
         for server in self.both:
             server.close()
 
+    def fresh(self, count: int) -> list[str]:
+        """Users that nobody had before."""
+        found, self._unused = self._unused[:count], self._unused[count:]
+        assert len(found) == count, "the pair has too few users"
+        return found
+
+    def mend(self) -> None:
+        """Undo what a failed test left broken."""
+        for server in self.both:
+            server.shell("nft delete table inet cut 2>/dev/null", check=False)
+            if not server.status():
+                server.start_pairsync()
+
     def certify(self, server: Server, name: str | None = None) -> None:
         """Give a server a certificate, by default for its own name."""
         certificate, key = self.authority.issue(name or server.name)
         server.write("/etc/pairsync/key.pem", key, VMAIL, 0o400)
         server.write("/etc/pairsync/cert.pem", certificate)
+
+    def contents(self, user: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What each has of a user."""
+        with ThreadPoolExecutor() as pool:
+            one, other = pool.map(lambda server: server.contents(user), self.both)
+        return one, other
 
     def wait_quiet(self, timeout: float = 15.0) -> None:
         """Until no daemon has anything to do."""
@@ -506,7 +529,7 @@ class Pair:
         limit = time.monotonic() + timeout
         for user in users:
             while True:
-                one, other = (server.contents(user) for server in self.both)
+                one, other = self.contents(user)
                 if one == other:
                     break
                 assert time.monotonic() < limit, (
@@ -565,6 +588,10 @@ def _managesieve(answers: Any, command: str) -> None:
         if line.startswith("OK"):
             return
         assert line and not line.startswith(("NO", "BYE")), f"{command}: {line}"
+
+
+def _scripts(said: str) -> dict[str, bool]:
+    return {line.split()[0]: "ACTIVE" in line for line in said.splitlines()}
 
 
 def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:

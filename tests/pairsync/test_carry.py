@@ -1,0 +1,203 @@
+"""What changes on one server is on the other, whichever it was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.pairsync.pair import Pair, Server, wait_for
+
+Change = Callable[[Server, str], None]
+
+
+def deliver(server: Server, user: str) -> None:
+    server.deliver(user, f"more-{time.monotonic_ns()}")
+
+
+def flag(server: Server, user: str) -> None:
+    with server.imap(user) as imap:
+        imap.select()
+        imap.store("1", "+FLAGS", "(\\Flagged)")
+
+
+def keyword(server: Server, user: str) -> None:
+    with server.imap(user) as imap:
+        imap.select()
+        imap.store("1", "+FLAGS", "(important)")
+
+
+def read(server: Server, user: str) -> None:
+    with server.imap(user) as imap:
+        imap.select()
+        imap.fetch("1", "(BODY[])")
+
+
+def move(server: Server, user: str) -> None:
+    with server.imap(user) as imap:
+        imap.select()
+        assert imap.xatom("MOVE", "1", "Sent")[0] == "OK"
+
+
+def expunge(server: Server, user: str) -> None:
+    with server.imap(user) as imap:
+        imap.select()
+        imap.store("1", "+FLAGS", "(\\Deleted)")
+        imap.expunge()
+
+
+def folders(server: Server, user: str, *commands: tuple[str, ...]) -> None:
+    with server.imap(user) as imap:
+        for name, *arguments in commands:
+            said = getattr(imap, name)(*arguments)
+            assert said[0] == "OK", (name, said)
+
+
+CHANGES: dict[str, Change] = {
+    "a mail": deliver,
+    "a flag": flag,
+    "a keyword": keyword,
+    "read": read,
+    "moved": move,
+    "expunged": expunge,
+    "a new folder": lambda s, u: folders(s, u, ("create", "New/Deep")),
+    "a renamed folder": lambda s, u: folders(s, u, ("rename", "Work", "Play")),
+    "a deleted folder": lambda s, u: folders(s, u, ("delete", "Play")),
+    "a subscription": lambda s, u: folders(s, u, ("subscribe", "Work")),
+    "a script": lambda s, u: s.put_script(u, "more"),
+    "an active script": lambda s, u: s.sieve(u, 'SETACTIVE "kept"'),
+    "no active script": lambda s, u: s.sieve(u, 'SETACTIVE ""'),
+    "a changed script": lambda s, u: s.put_script(u, "kept", "stop;\n"),
+    "a deleted script": lambda s, u: s.sieve(u, 'DELETESCRIPT "old"'),
+    "a renamed script": lambda s, u: s.sieve(u, 'RENAMESCRIPT "more" "new"'),
+}
+
+
+def test_every_change_is_carried_both_ways(pair: Pair) -> None:
+    for there, here in ((pair.a, pair.b), (pair.b, pair.a)):
+        (user,) = pair.fresh(1)
+        for number in range(4):
+            there.deliver(user, f"{user}-{number}")
+        folders(there, user, ("create", "Work"), ("create", "Sent"))
+        for script in ("kept", "old"):
+            there.put_script(user, script)
+        pair.wait_equal([user], 5)
+        for what, change in CHANGES.items():
+            if what == "a subscription":
+                folders(there, user, ("create", "Work"))
+            before = here.contents(user)
+            change(there, user)
+            pair.wait_equal([user], 5)
+            if what != "no active script":
+                assert here.contents(user) != before or "script" in what, what
+        assert here.scripts(user) == {"kept": False, "new": False}
+
+
+def test_what_a_sync_writes_asks_for_no_sync(pair: Pair, user: str) -> None:
+    before = pair.b.status()["runs"]
+    for number in range(3):
+        pair.a.deliver(user, f"{user}-{number}")
+        pair.wait_equal([user], 5)
+    pair.wait_quiet()
+    assert pair.b.status()["runs"] == before
+
+
+def test_a_folder_deleted_while_dovecot_notifies_is_deleted_there(pair: Pair, user: str) -> None:
+    """Dovecot notifies 7 ms before the folder is gone."""
+    for server in pair.both * 5:
+        folders(server, user, ("create", "Brief"))
+        pair.wait_equal([user], 5)
+        folders(server, user, ("delete", "Brief"))
+        pair.wait_equal([user], 5)
+        assert "Brief" not in server.contents(user)["folders"]
+
+
+def test_a_rename_and_subscriptions_within_a_second_are_carried(pair: Pair, user: str) -> None:
+    folders(pair.a, user, ("create", "Work/2026"), ("subscribe", "Work/2026"))
+    pair.wait_equal([user], 5)
+    folders(
+        pair.b,
+        user,
+        ("rename", "Work/2026", "Work/2027"),
+        ("unsubscribe", "Work/2026"),
+        ("subscribe", "Work/2027"),
+    )
+    pair.wait_equal([user], 8)
+    found = pair.a.contents(user)
+    assert found["subscribed"] == ["Work/2027"]
+    assert "Work/2026" not in found["folders"]
+
+
+def test_subscriptions_changed_back_and_forth_are_carried(pair: Pair, user: str) -> None:
+    folders(pair.a, user, ("create", "Work"))
+    for number in range(6):
+        server = pair.both[number % 2]
+        folders(server, user, ("subscribe" if number % 2 == 0 else "unsubscribe", "Work"))
+        pair.wait_equal([user], 8)
+        assert server.contents(user)["subscribed"] == (["Work"] if number % 2 == 0 else [])
+
+
+@pytest.mark.parametrize("how", ["managesieve", "doveadm"])
+def test_a_deleted_script_stays_deleted(pair: Pair, how: str) -> None:
+    (user,) = pair.fresh(1)
+    for there, here in ((pair.a, pair.b), (pair.b, pair.a)):
+        there.put_script(user, "gone")
+        pair.wait_equal([user], 5)
+        assert "gone" in here.scripts(user)
+        if how == "managesieve":
+            there.sieve(user, 'DELETESCRIPT "gone"')
+        else:
+            there.run("doveadm", "sieve", "delete", "-u", user, "gone")
+        # Something else happens to both at once: neither may bring it back.
+        for server in pair.both:
+            server.deliver(user, f"{server.name}-{time.monotonic_ns()}")
+        pair.wait_equal([user], 5)
+        pair.wait_quiet()
+        assert here.scripts(user) == there.scripts(user) == {}
+
+
+def test_a_script_deleted_while_the_daemon_is_down_stays_deleted(pair: Pair, user: str) -> None:
+    pair.a.put_script(user, "gone")
+    pair.wait_equal([user], 5)
+    pair.a.kill_pairsync()
+    pair.a.sieve(user, 'DELETESCRIPT "gone"')
+    pair.b.deliver(user, f"{user}-meanwhile")
+    pair.a.start_pairsync()
+    pair.wait_equal([user])
+    assert pair.b.scripts(user) == {}
+
+
+def test_a_script_put_again_after_its_deletion_stays(pair: Pair, user: str) -> None:
+    for server in pair.both:
+        server.put_script(user, "again", "keep;\n")
+        pair.wait_equal([user], 5)
+        size = len("stop;\n")
+        server.sieve(user, 'DELETESCRIPT "again"', f'PUTSCRIPT "again" {{{size}+}}\r\nstop;\n')
+        pair.wait_equal([user], 5)
+        pair.wait_quiet()
+        for one in pair.both:
+            assert one.path(f"/var/dovecot/users/{user}/sieve/again.sieve").read_text() == "stop;\n"
+
+
+def test_a_new_user_is_carried(pair: Pair) -> None:
+    for server in pair.both:
+        rows = server.path("/etc/dovecot/users").read_text()
+        server.write("/etc/dovecot/users", rows + "newcomer:::::/var/dovecot/users/newcomer::\n")
+    pair.b.deliver("newcomer", "hello")
+    pair.wait_equal(["newcomer"], 5)
+    pair.b.put_script("newcomer", "first")
+    pair.wait_equal(["newcomer"], 5)
+    assert pair.a.scripts("newcomer") == {"first": False}
+
+
+def test_a_user_whom_the_peer_does_not_know_yet_is_carried_later(pair: Pair) -> None:
+    row = "early:::::/var/dovecot/users/early::\n"
+    rows = pair.a.path("/etc/dovecot/users").read_text()
+    pair.a.write("/etc/dovecot/users", rows + row)
+    pair.a.deliver("early", "hello")
+    wait_for("it is visible", lambda: "early" in pair.a.status()["failing"])
+    pair.b.write("/etc/dovecot/users", pair.b.path("/etc/dovecot/users").read_text() + row)
+    pair.a.run("pairsync", "sync", "early")
+    pair.wait_equal(["early"], 5)
+    assert pair.b.tags("early") == ["hello"]

@@ -1,0 +1,355 @@
+"""Whatever breaks: nothing is lost, nothing is there twice, and it heals without a hand.
+
+"Within 15 seconds" counts from when the cause is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.pairsync.pair import SECRET, VMAIL, Pair, Server, wait_for
+
+HEALED = 15.0
+
+
+class Stream:
+    """Mail to users on some servers, a number of them a second, until it is closed.
+
+    ``sent`` are the tags of what was accepted, by user.
+    """
+
+    def __init__(self, servers: Sequence[Server], users: Sequence[str], rate: float) -> None:
+        self.sent: dict[str, list[str]] = {user: [] for user in users}
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._deliver, args=(server, list(users), rate, number))
+            for number, server in enumerate(servers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _deliver(self, server: Server, users: list[str], rate: float, number: int) -> None:
+        count = 0
+        due = time.monotonic()
+        while not self._stop.wait(max(0.0, due - time.monotonic())):
+            user = users[count % len(users)]
+            tag = f"{user}-{number}-{count}-{time.monotonic_ns()}"
+            count += 1
+            due += 1 / rate
+            server.deliver(user, tag)
+            self.sent[user].append(tag)
+
+
+@contextmanager
+def stream(servers: Sequence[Server], users: Sequence[str], rate: float) -> Iterator[Stream]:
+    flow = Stream(servers, users, rate)
+    try:
+        yield flow
+    finally:
+        flow.close()
+
+
+def assert_all_there(pair: Pair, sent: dict[str, list[str]], timeout: float = HEALED) -> None:
+    """Both hold the same, and of each accepted mail exactly one."""
+    limit = time.monotonic() + timeout
+    for user, tags in sent.items():
+        pair.wait_equal([user], max(0.1, limit - time.monotonic()))
+        assert pair.a.tags(user) == sorted(tags), user
+
+
+def flag_all(server: Server, user: str, flag: str) -> None:
+    with server.imap(user) as imap:
+        imap.select()
+        assert imap.store("1:*", "+FLAGS", f"({flag})")[0] == "OK"
+
+
+def until_dirty(server: Server, user: str) -> None:
+    wait_for(f"{user} is dirty on {server.name}", lambda: server.status()["dirty"] > 0)
+
+
+def test_both_are_written_while_they_cannot_reach_each_other(pair: Pair) -> None:
+    users = pair.fresh(5)
+    for user in users:
+        pair.a.deliver(user, f"{user}-first")
+        pair.a.deliver(user, f"{user}-second")
+    pair.wait_equal(users, 5)
+    pair.wait_quiet()
+    pair.a.cut()
+    with stream(pair.both, users, 5) as flow:
+        for server in pair.both:
+            wait_for("the cut is noticed", lambda s=server: not s.status()["peer"]["up"])  # type: ignore[misc]
+            assert server.metric("peer_up") in (0, 1)
+        for user in users:
+            with pair.a.imap(user) as imap:
+                imap.select()
+                imap.store("1", "+FLAGS", "(\\Flagged important)")
+            with pair.b.imap(user) as imap:
+                imap.select()
+                imap.store("1", "+FLAGS", "(\\Seen)")
+                imap.store("2", "+FLAGS", "(\\Deleted)")
+                imap.expunge()
+                imap.create("Fresh")
+        time.sleep(3)
+    for server in pair.both:
+        wait_for("it is visible", lambda s=server: s.metric("oldest_dirty_seconds") > 2)  # type: ignore[misc]
+        assert server.metric("peer_up") == 0
+    pair.a.heal()
+    expected = {user: [*flow.sent[user], f"{user}-first"] for user in users}
+    assert_all_there(pair, expected)
+    for user in users:
+        found = pair.a.contents(user)["folders"]
+        assert "Fresh" in found
+        first = next(m for m in found["INBOX"] if f"{user}-first" in m[3])
+        assert first[2] == "\\Flagged \\Seen important"
+
+
+def test_the_plug_of_one_is_pulled(pair: Pair) -> None:
+    users = pair.fresh(4)
+    with stream([pair.a], users, 10) as flow:
+        time.sleep(1)
+        pair.b.pull_the_plug()
+        wait_for("it is noticed", lambda: not pair.a.status()["peer"]["up"])
+    pair.b.boot()
+    pair.connect_again()
+    pair.b.start_pairsync()
+    pair.b.start_dovecot()
+    assert_all_there(pair, flow.sent)
+    pair.wait_up()
+
+
+def test_a_run_that_stalls_holds_nobody_else_up(pair: Pair) -> None:
+    stuck, *others = pair.fresh(5)
+    pair.a.deliver(stuck, f"{stuck}-0")
+    pair.wait_equal([stuck], 5)
+    with stopped_run(pair, stuck):
+        wait_for("it is counted", lambda: pair.a.status()["runs"]["stalled"] > 0, 20)
+        assert stuck in pair.a.status()["failing"]
+        for user in others:
+            pair.a.deliver(user, f"{user}-meanwhile")
+        pair.wait_equal(others, 5)
+    pair.wait_equal([stuck], HEALED)
+    wait_for("no more failing", lambda: not pair.a.status()["failing"])
+
+
+@contextmanager
+def stopped_run(pair: Pair, user: str) -> Iterator[None]:
+    """Stop B's dsync in the midst of a run of A's for the user."""
+    stop = threading.Event()
+    caught: list[int] = []
+
+    def change() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            pair.a.deliver(user, f"{user}-{number}", size=200_000)
+
+    busy = threading.Thread(target=change)
+    busy.start()
+    try:
+        wait_for("a run to stop", lambda: _stop_one(pair.b, user, caught), 20)
+    finally:
+        stop.set()
+        busy.join()
+    try:
+        yield
+    finally:
+        for pid in caught:
+            os.kill(pid, signal.SIGCONT)
+
+
+def _stop_one(server: Server, user: str, caught: list[int]) -> bool:
+    """Stop a doveadm process that has a file of the user's open."""
+    for pid in _processes(server, "doveadm-server"):
+        links = Path(f"/proc/{pid}/fd")
+        try:
+            files = [str(link.readlink()) for link in links.iterdir()]
+        except OSError:
+            continue
+        if any(f"/users/{user}/" in file for file in files):
+            os.kill(pid, signal.SIGSTOP)
+            files = [str(link.readlink()) for link in links.iterdir()]
+            if any(f"/users/{user}/" in file for file in files):
+                caught.append(pid)
+                return True
+            os.kill(pid, signal.SIGCONT)
+    return False
+
+
+def _processes(server: Server, name: str) -> list[int]:
+    """Processes of a server by a part of their name, numbered as here."""
+    found = []
+    todo = [server.pid]
+    while todo:
+        pid = todo.pop()
+        try:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        todo += [int(child) for child in children]
+        if name.encode() in words:
+            found.append(pid)
+    return found
+
+
+def broken(
+    pair: Pair, user: str, breaks: Callable[[], None], mends: Callable[[], None], words: str
+) -> None:
+    """Break something of B's, see that A tells, mend it, see that all is carried."""
+    pair.b.kill_pairsync(signal.SIGTERM)
+    breaks()
+    pair.b.start_pairsync()
+    wait_for(words, lambda: words in pair.a.status()["peer"]["problem"])
+    wait_for("it is measured", lambda: pair.a.metric("peer_up") == 0)
+    for server in pair.both:
+        server.deliver(user, f"{user}-{server.name}")
+    until_dirty(pair.a, user)
+    mends()
+    assert_all_there(pair, {user: [f"{user}-{server.name}" for server in pair.both]})
+
+
+def test_a_certificate_for_another_name_is_refused(pair: Pair, user: str) -> None:
+    broken(
+        pair,
+        user,
+        lambda: pair.certify(pair.b, "c.pair.example"),
+        lambda: pair.certify(pair.b),
+        "certificate refused: Hostname mismatch",
+    )
+
+
+def test_another_secret_is_refused(pair: Pair, user: str) -> None:
+    def secret(text: str) -> None:
+        pair.b.write("/etc/pairsync/secret", text, VMAIL, 0o400)
+
+    broken(
+        pair,
+        user,
+        lambda: secret("another-" + SECRET),
+        lambda: secret(SECRET),
+        "wrong secret",
+    )
+    assert pair.b.metric("refused_total") > 0
+
+
+def test_a_dovecot_that_is_down_is_awaited(pair: Pair, user: str) -> None:
+    for down, other in ((pair.a, pair.b), (pair.b, pair.a)):
+        down.stop_dovecot()
+        tag = f"{user}-{down.name}"
+        other.deliver(user, tag)
+        wait_for(
+            "it is visible",
+            lambda o=other: "Dovecot" in str(o.status()["failing"]) and o.metric("problems") > 0,  # type: ignore[misc]
+        )
+        down.start_dovecot()
+        pair.wait_equal([user])
+        assert tag in down.tags(user)
+
+
+def test_both_are_hot_with_the_same_users(pair: Pair) -> None:
+    users = pair.fresh(3)
+    with stream(pair.both, users, 10) as flow:
+        for _ in range(5):
+            for user in users:
+                for server, flag in zip(pair.both, ("\\Flagged", "\\Answered"), strict=True):
+                    flag_all(server, user, flag)
+            time.sleep(0.3)
+    assert_all_there(pair, flow.sent)
+    for server in pair.both:
+        assert server.status()["runs"]["stalled"] == 0
+
+
+def test_the_daemon_is_killed_at_any_moment(pair: Pair) -> None:
+    chance = random.Random(5)
+    users = pair.fresh(4)
+    with stream(pair.both, users, 8) as flow:
+        for number in range(6):
+            time.sleep(chance.uniform(0.1, 0.6))
+            server = pair.both[number % 2]
+            server.kill_pairsync()
+            time.sleep(chance.uniform(0.0, 0.3))
+            server.start_pairsync()
+    assert_all_there(pair, flow.sent)
+
+
+def test_a_change_outlives_a_killed_daemon(pair: Pair, user: str) -> None:
+    pair.a.kill_pairsync()
+    pair.a.deliver(user, f"{user}-meanwhile")
+    assert pair.a.path(f"/var/lib/pairsync/dirty/{user}").exists()
+    pair.a.start_pairsync()
+    assert_all_there(pair, {user: [f"{user}-meanwhile"]})
+    pair.wait_quiet()
+    assert not list(pair.a.path("/var/lib/pairsync/dirty").iterdir())
+
+
+@contextmanager
+def full_disk(server: Server, folder: str) -> Iterator[None]:
+    """A folder in which no file can be made."""
+    server.run("mount", "-t", "tmpfs", "-o", "size=4k,nr_inodes=1,mode=0777", "full", folder)
+    try:
+        yield
+    finally:
+        server.run("umount", folder)
+
+
+def test_a_full_disk_of_markers_keeps_no_mail_out(pair: Pair, user: str) -> None:
+    with full_disk(pair.a, "/var/lib/pairsync/dirty"):
+        pair.a.deliver(user, f"{user}-0")
+        assert_all_there(pair, {user: [f"{user}-0"]}, 5)
+        wait_for("it is visible", lambda: pair.a.metric("markers_writable") == 0)
+        assert "cannot be noted" in pair.a.run("pairsync", "status", check=False)
+    wait_for("it is over", lambda: pair.a.metric("markers_writable") == 1)
+
+
+def test_a_change_that_could_not_be_noted_is_found_by_the_pass(pair: Pair, user: str) -> None:
+    with (
+        full_disk(pair.a, "/var/lib/pairsync/dirty"),
+        full_disk(pair.a, "/run/pairsync/dirty"),
+    ):
+        pair.a.deliver(user, f"{user}-unnoted")
+        wait_for("it is visible", lambda: pair.a.metric("markers_writable") == 0)
+        assert "cannot mark" in pair.a.shell("tail -n 20 /var/log/dovecot.log")
+        assert pair.b.tags(user) == []
+    assert_all_there(pair, {user: [f"{user}-unnoted"]})
+
+
+def test_a_lost_disk_is_refilled_while_mail_flows(pair: Pair) -> None:
+    users = pair.fresh(4)
+    for user in users:
+        for number in range(5):
+            pair.b.deliver(user, f"{user}-{number}")
+    pair.wait_equal(users, 10)
+    pair.wait_quiet()
+    pair.b.kill_pairsync()
+    pair.b.stop_dovecot()
+    pair.b.shell("rm -rf /var/dovecot/users/* /var/dovecot/users/.pairsync-id /var/lib/pairsync/*")
+    with stream([pair.a], users, 5) as flow:
+        pair.b.start_dovecot()
+        pair.b.start_pairsync()
+        wait_for("a pass", lambda: pair.a.status()["pass"])
+        said = pair.a.run("pairsync", "refill")
+    assert said.splitlines()[-1] == "done"
+    assert " users/s" in said
+    expected = {
+        user: [*flow.sent[user], *(f"{user}-{number}" for number in range(5))] for user in users
+    }
+    assert_all_there(pair, expected)
+
+
+def test_one_user_can_be_synchronised_by_hand(pair: Pair, user: str) -> None:
+    pair.a.deliver(user, f"{user}-0")
+    assert pair.a.run("pairsync", "sync", user).startswith(f"{user}: ok, ")
+    assert_all_there(pair, {user: [f"{user}-0"]}, 1)
+    assert "nothing is wrong" in pair.a.run("pairsync", "check")
