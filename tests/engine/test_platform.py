@@ -286,13 +286,11 @@ def test_a_refusing_member_stops_the_roll_out(
 def test_more_memory_replaces_one_machine_at_a_time_and_keeps_its_data(
     edited: Callable[[str, str, str], Project], members: list[str]
 ) -> None:
-    machine = load_platform(SITE).hosts[members[0]].vm
-    assert machine is not None
-    project = edited(
-        "topology.yaml",
-        f"{machine.hypervisor}, cpus: 4, memory_mib: 8192",
-        f"{machine.hypervisor}, cpus: 4, memory_mib: 4096",
-    )
+    host = load_platform(SITE).hosts[members[0]]
+    assert host.vm is not None
+    # The end of one host's address and its size: others have the same size on that hypervisor.
+    size = f'{host.interfaces[0].ipv6}"}}\n    vm: {{hypervisor: {host.vm.hypervisor}, cpus: 4, '
+    project = edited("topology.yaml", f"{size}memory_mib: 8192", f"{size}memory_mib: 4096")
     outcome = project.up(program)
     assert outcome.ok, outcome.error
     assert [line.split(":")[0] for line in outcome.journal] == [
