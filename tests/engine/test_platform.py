@@ -249,13 +249,13 @@ def test_a_second_run_changes_nothing(created: Created, tmp_path: Path) -> None:
 def test_a_changed_setting_shows_as_one_line_per_host(
     edited: Callable[[str, str, str], Project], members: list[str]
 ) -> None:
-    project = edited("site.yaml", "message_size_limit: 52428800", "message_size_limit: 10485760")
+    project = edited("site.yaml", "connection_rate: 10\n", "connection_rate: 20\n")
     outcome = project.preview(program)
     assert outcome.ok, outcome.error
     assert outcome.journal == []
     assert changed_lines(outcome.text) == [
-        "- message_size_limit = 52428800",
-        "+ message_size_limit = 10485760",
+        "- smtpd_client_connection_rate_limit = 10",
+        "+ smtpd_client_connection_rate_limit = 20",
     ] * len(members)
     assert outcome.text.count("~ /etc/postfix/main.cf") == len(members)
     assert {step for step in outcome.steps if not step.name.endswith("-confirm")} == {
@@ -266,7 +266,7 @@ def test_a_changed_setting_shows_as_one_line_per_host(
 def test_a_refusing_member_stops_the_roll_out(
     edited: Callable[[str, str, str], Project], members: list[str]
 ) -> None:
-    project = edited("site.yaml", "message_size_limit: 52428800", "message_size_limit: 10485760")
+    project = edited("site.yaml", "connection_rate: 10\n", "connection_rate: 20\n")
     first, second, *_ = members
     project.world.failing[f"{second}-config"] = "mail-agent: /etc/postfix/main.cf:30: fatal"
     outcome = project.up(program)
@@ -420,14 +420,14 @@ def test_the_plain_command_line_sees_the_same_resources_with_the_same_inputs(
 def test_the_plain_command_line_previews_and_makes_the_same_change(
     edited: Callable[[str, str, str], Project], members: list[str], tmp_path: Path
 ) -> None:
-    project = edited("site.yaml", "message_size_limit: 52428800", "message_size_limit: 10485760")
+    project = edited("site.yaml", "connection_rate: 10\n", "connection_rate: 20\n")
     project.select(program)  # writes the stack's configuration
     cli = Cli(project, tmp_path / "checkout")
     preview = cli.run("preview", "--diff")
     assert preview.returncode == 0, preview.stdout + preview.stderr
     assert changed_lines(preview.stdout) == [
-        "- message_size_limit = 52428800",
-        "+ message_size_limit = 10485760",
+        "- smtpd_client_connection_rate_limit = 10",
+        "+ smtpd_client_connection_rate_limit = 20",
     ] * len(members)
     assert project.world.journal == []
     up = cli.run("up", "--yes", "--skip-preview")
