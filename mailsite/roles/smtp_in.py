@@ -120,6 +120,9 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 forward=FORWARD,
                 srs=srs,
                 dnsbl=inbound.dnsbl,
+                asked=tuple(
+                    dict.fromkeys((x.kind.value, x.zone) for x in inbound.dnsbl if not x.warn_only)
+                ),
                 message_size_limit=outbound.message_size_limit,
                 header_size_limit=outbound.header_size_limit,
                 certificate=certificate,
