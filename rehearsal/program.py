@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 PROJECT = "mail"
 _RECORD = "program"
+_SITE = "mail:site"
 _LOG = "up.log"
 
 
@@ -131,22 +132,28 @@ class Program:
         *,
         values: Settings | None = None,
         replace: Sequence[str] = (),
+        site: Path | None = None,
     ) -> dict[str, int]:
         """Run ``pulumi up``; returns the number of resources per kind of change.
 
         ``values`` is the stack's configuration, by default the one that it has. ``replace`` are
-        names of resources that are replaced although nothing changed.
+        names of resources that are replaced although nothing changed. ``site`` is a folder of
+        site data to use this once.
         Raises :class:`ProgramError` when the engine fails; its errors have been printed.
         """
         given = {"plain": values.plain, "secret": values.secret} if values else None
         changes: dict[str, int] = self._run(
-            "up", replace=replace, progress=progress, input=json.dumps(given)
+            "up", replace=replace, site=site, progress=progress, input=json.dumps(given)
         )["changes"]
         return changes
 
-    def preview(self) -> None:
-        """Print what ``pulumi preview --diff`` says."""
-        self._run("preview")
+    def preview(self, *, site: Path | None = None, quiet: bool = False) -> str:
+        """Print what ``pulumi preview --diff`` says, unless ``quiet``, and return it.
+
+        ``site`` is a folder of site data to use this once.
+        """
+        self._run("preview", site=site, quiet=quiet)
+        return (self.state.root / _LOG).read_text(encoding="utf-8")
 
     def outputs(self) -> dict[str, Any]:
         """The stack's outputs, secret ones in plain."""
@@ -187,6 +194,8 @@ class Program:
         action: str,
         *,
         replace: Sequence[str] = (),
+        site: Path | None = None,
+        quiet: bool = False,
         progress: Progress | None = None,
         input: str | None = None,
     ) -> dict[str, Any]:
@@ -203,10 +212,12 @@ class Program:
                 f"--pulumi={self.engine.pulumi}",
                 f"--started={started}",
                 *(f"--replace={name}" for name in replace),
+                *([f"--site={site}"] if site else []),
             ],
             cwd=CHECKOUT,
             env=self.environment(),
             stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
+            stdout=subprocess.DEVNULL if quiet else None,
             text=True,
             # A group of its own, so that one signal reaches the engine and its helpers, once.
             start_new_session=True,
@@ -280,6 +291,7 @@ class _Inside:
     stack_name: str
     pulumi: Path
     progress: Progress
+    site: Path | None = None
 
     def stack(self) -> automation.Stack:
         from pulumi import automation
@@ -338,6 +350,19 @@ class _Inside:
         if done.returncode != 0:
             raise RehearsalError(f"pulumi config set {key}: {done.stderr.strip()}")
 
+    @contextmanager
+    def _other_site(self, stack: automation.Stack) -> Iterator[None]:
+        """The stack has the site data of ``site``, if any, for a while."""
+        if self.site is None:
+            yield
+            return
+        own = stack.get_config(_SITE).value
+        self._set(_SITE, str(self.site), secret=False)
+        try:
+            yield
+        finally:
+            self._set(_SITE, own, secret=False)
+
     def up(
         self, document: Mapping[str, Mapping[str, str]] | None, replace: Sequence[str]
     ) -> dict[str, Any]:
@@ -347,7 +372,8 @@ class _Inside:
         if document is not None:
             self.configure(stack, document)
         urns = self._urns(stack, replace)
-        with _Watch(self.progress, self.state.root / _LOG).running() as watch:
+        running = _Watch(self.progress, self.state.root / _LOG).running()
+        with self._other_site(stack), running as watch:
             try:
                 self._act(
                     lambda: stack.up(
@@ -381,7 +407,8 @@ class _Inside:
     def preview(self) -> dict[str, Any]:
         stack = self.stack()
         self._unlock(stack)
-        with _Watch(Progress(quiet=True), self.state.root / _LOG).running() as watch:
+        running = _Watch(Progress(quiet=True), self.state.root / _LOG).running()
+        with self._other_site(stack), running as watch:
 
             def show(line: str) -> None:
                 print(line, flush=True)
@@ -509,6 +536,7 @@ def main() -> int:
     parser.add_argument("--stack", required=True)
     parser.add_argument("--pulumi", type=Path, required=True)
     parser.add_argument("--started", type=float, required=True)
+    parser.add_argument("--site", type=Path, help="folder of site data to use this once")
     parser.add_argument("--replace", action="append", default=[], help="resource to replace")
     options = parser.parse_args()
     state = State(options.state)
@@ -516,7 +544,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, lambda *_: None)
     try:
         network.assert_sealed()
-        inside = _Inside(state, options.stack, options.pulumi, Progress(started=options.started))
+        progress = Progress(started=options.started)
+        inside = _Inside(state, options.stack, options.pulumi, progress, options.site)
         result: dict[str, Any] = {}
         if options.action == "up":
             result = inside.up(json.load(sys.stdin), options.replace)

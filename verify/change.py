@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ruamel.yaml import YAML
 
 from mailsite.loader import SiteError, load_platform
-from verify.context import Context, each, expect
+from mailsite.model import Host, MailDomain, Role
+from verify import addresses, smtp_in
+from verify.context import Context, describe, each, eventually, expect
 from verify.lab import LabMachine
-from verify.registry import Failed, check
+from verify.registry import Failed, Skipped, check
 from verify.stack import PROJECT
 
 
@@ -93,6 +99,181 @@ def second_up_changes_nothing(ctx: Context) -> str:
         f"{sum(len(s.units) for s in before)} services run on, and "
         f"{sum(len(s.files) for s in before)} files are untouched"
     )
+
+
+@check("CHANGE-2", disruptive=True)
+def an_alias_is_added(ctx: Context) -> str:
+    """One alias added: smtp-in's tables alone change, one host at a time, nobody is refused."""
+    lab = ctx.lab
+    exchangers = ctx.platform.members(Role.SMTP_IN)
+    domain, mailbox = _domain_for_an_alias(ctx)
+    user = f"added-{secrets.token_hex(4)}"
+    address = f"{user}@{domain.name}"
+    machines = list(lab.machines)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / ctx.site.name
+        shutil.copytree(ctx.site, copy)
+        _add_alias(copy / "domains" / f"{domain.name}.yaml", user, mailbox)
+        line = f"{address} {mailbox}@{ctx.platform.maildrop_domain}"
+        shown = [t.strip() for t in lab.preview(copy).splitlines() if address in t]
+        expect(
+            any(t.startswith("+") and line in t for t in shown),
+            f"the preview does not show the line '{line}': {shown[:5] or 'nothing of it'}",
+        )
+        before = each(machines, snapshot)
+        started = time.time()
+        try:
+            with Stream(ctx) as stream:
+                summary = lab.up(copy)
+            after = each(machines, snapshot)
+            told = stream.judged()
+            changed = {kind: n for kind, n in summary.items() if kind != "same" and n}
+            expect(
+                changed == {"update": len(exchangers)},
+                f"the engine reports {changed}, not {len(exchangers)} updates",
+            )
+            _expect_tables_alone(machines, before, after, exchangers)
+            _expect_one_at_a_time(ctx, exchangers, started)
+            _expect_arrival(ctx, address)
+        finally:
+            lab.up()
+    return (
+        f"{address}: the preview shows its line; {len(exchangers)} hosts changed one after the"
+        f" other, nothing but {', '.join(_TABLES)}; Postfix ran on; {told}"
+    )
+
+
+_TABLES = ("/etc/postfix/virtual", "/etc/postfix/virtual.lmdb")
+
+
+def _domain_for_an_alias(ctx: Context) -> tuple[MailDomain, str]:
+    """A domain with addresses of its own, and a mailbox that one more may lead to."""
+    for domain in addresses.receiving(ctx.platform):
+        if domain.addresses and ctx.platform.mailboxes:
+            return domain, next(iter(ctx.platform.mailboxes))
+    raise Skipped("no domain of the site data has addresses")
+
+
+def _add_alias(path: Path, user: str, mailbox: str) -> None:
+    """Write a line below ``addresses:``, indented like the next one."""
+    lines = path.read_text("utf-8").splitlines()
+    number = next(n for n, text in enumerate(lines) if text.startswith("addresses:"))
+    after = lines[number + 1]
+    indent = after[: len(after) - len(after.lstrip())]
+    lines.insert(number + 1, f"{indent}{user}: {mailbox}")
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+class Stream:
+    """Connections to every address of smtp-in, one after the other, as long as it is open.
+
+    Each says EHLO and names a recipient, as a mail server that has mail would.
+    """
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._over = threading.Event()
+        self._failures: list[str] = []
+        self._counts: list[int] = []
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Self:
+        self._threads = [
+            threading.Thread(target=self._run, args=(door,))
+            for door in smtp_in.doors(self._ctx, helo="stream.probe.invalid")
+        ]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, door: smtp_in.Door) -> None:
+        recipient = smtp_in.existing(self._ctx)
+        rest = 60.0 / self._ctx.platform.inbound.limits.connection_rate * 1.2
+        number = 0
+        while not self._over.wait(rest):  # a client that stays below its limit
+            number += 1
+            try:
+                with door.session(self._ctx) as session:
+                    session.ehlo()
+                    code, text = session.envelope("", recipient)
+                    if code != 250:
+                        self._failures.append(f"{door}: RCPT is answered with {code} {text}")
+            except (OSError, Failed) as error:
+                self._failures.append(f"{door}: {describe(error)}")
+        self._counts.append(number)
+
+    def judged(self) -> str:
+        """What became of the connections.
+
+        Raises:
+            Failed: One of them was refused, or cut off.
+        """
+        total = sum(self._counts)
+        expect(total, "no connection was made while the change was under way")
+        failed = "; ".join(self._failures[:3])
+        expect(not failed, f"{len(self._failures)} of {total} connections failed: {failed}")
+        return f"{total} connections meanwhile, none refused"
+
+
+def _expect_tables_alone(
+    machines: list[LabMachine],
+    before: list[Snapshot],
+    after: list[Snapshot],
+    exchangers: tuple[Host, ...],
+) -> None:
+    for machine, one, other in zip(machines, before, after, strict=True):
+        differences = [
+            d for d in one.differences(other)
+            if not d.startswith("/var/lib/mail-agent/")
+        ]  # fmt: skip
+        wanted = list(_TABLES) if machine.host in exchangers else []
+        expect(
+            differences == wanted,
+            f"{machine.name}: changed are {', '.join(differences) or 'no files'}, not"
+            f" {', '.join(wanted) or 'none'}",
+        )
+
+
+def _expect_one_at_a_time(ctx: Context, exchangers: tuple[Host, ...], since: float) -> None:
+    """No run of the agent on a member begins before the one on the member before has ended."""
+    runs = []
+    for host in exchangers:
+        lines = ctx.lab.machine(host).machine.logs(
+            f"--since=@{since:.3f}", "--output=short-unix", f"--grep={_RUN_OF_THE_AGENT}"
+        )
+        times = [float(line.split()[0]) for line in lines.splitlines() if line[:1].isdigit()]
+        expect(len(times) >= 2, f"{host.name}: the journal shows no run of the agent: {lines}")
+        runs.append((times[0], times[-1], host.name))
+    for one, other in itertools.pairwise(runs):
+        expect(
+            one[1] <= other[0],
+            f"{other[2]} began to change {one[1] - other[0]:.1f} s before {one[2]} had ended",
+        )
+
+
+_RUN_OF_THE_AGENT = r"(Started|Starting) mail-agent-.*\.service|mail-agent-.*: Deactivated"
+
+
+def _expect_arrival(ctx: Context, address: str) -> None:
+    """Every member takes mail for the new address, and it arrives."""
+    sender = ctx.lab.sender("careful")
+    for member in ctx.platform.members(Role.SMTP_IN):
+        mail = smtp_in.write(sender, address)
+        door = next(d for d in smtp_in.remote_doors(ctx, sender) if d.member is member)
+        with door.session(ctx) as session:
+            code, text = session.submit(mail.sender, [mail.recipient], mail.content)
+            expect(code == 250, f"{door}: mail to {address} is answered with {code} {text}")
+        eventually(
+            lambda mail=mail: expect(  # type: ignore[misc]
+                ctx.lab.world.copies(mail.token), f"mail to {address} did not arrive"
+            ),
+            seconds=20,
+        )
 
 
 Edit = Callable[[Path], tuple[str, int]]

@@ -668,14 +668,24 @@ class Lab:
         with self._alone():
             return platform_up.stack(self.state, Progress(quiet=True)).outputs()
 
-    def up(self) -> dict[str, int]:
+    def up(self, site: Path | None = None) -> dict[str, int]:
         """Run `pulumi up` again. Returns how many resources the engine counts per kind of change.
+
+        Args:
+            site: Folder of site data to use this once; by default the stack's own.
 
         Raises:
             RehearsalError: The engine failed.
         """
+        quiet = Progress(quiet=True)
         with self._alone():
-            return platform_up.stack(self.state, Progress(quiet=True)).up(Progress(quiet=True))
+            return platform_up.stack(self.state, quiet).up(quiet, site=site)
+
+    def preview(self, site: Path) -> str:
+        """What `pulumi preview --diff` says of other site data."""
+        quiet = Progress(quiet=True)
+        with self._alone():
+            return platform_up.stack(self.state, quiet).preview(site=site, quiet=True)
 
     @contextmanager
     def using(self, site: Path) -> Iterator[None]:
