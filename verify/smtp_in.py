@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
@@ -27,7 +27,7 @@ from verify.client import Client, Observer
 from verify.context import SUBMISSION, SUBMISSION_PROXY, Context, each, eventually, expect
 from verify.lookup import family
 from verify.registry import Failed, Skipped, check
-from verify.relay import Attempt, attempts
+from verify.relay import attempts
 from verify.smtp import Letter, Session, letter
 
 if TYPE_CHECKING:
@@ -299,6 +299,7 @@ def write(sender: RemoteSender, recipient: str, author: str = "") -> Letter:
 def _expect_taken(
     door: Door, session: Session, sender: RemoteSender, mail: Letter, what: str
 ) -> None:
+    session.ehlo_or_helo_if_needed()
     code, text = session.submit(mail.sender, [mail.recipient], mail.content)
     expect(
         code == 250,
@@ -351,11 +352,11 @@ def strangers_are_refused_at_once(ctx: Context) -> str:
     plain, aliases = (
         [d.name for d in named if (d.alias_of is not None) is alias][:3] for alias in (False, True)
     )
-    sender = ctx.platform.names.smtp_in if ctx.is_live else ctx.lab.sender("careful").domain
     authors: list[str] = []
 
     def look(door: Door) -> None:
-        author = f"{token_hex(8)}@{sender}" if not ctx.is_live else ""
+        # Whoever is told of a failure hears of it at an address of his own.
+        author = "" if ctx.is_live else f"{token_hex(8)}@{ctx.lab.sender('careful').domain}"
         authors.append(author)
         with door.session(ctx) as session:
             session.ehlo()
@@ -386,12 +387,13 @@ def strangers_are_refused_at_once(ctx: Context) -> str:
     if ctx.is_live:
         return told
     relayed = _nothing_is_relayed(ctx)
+    for member in members(ctx):
+        waiting = {r for e in ctx.lab.machine(member).queue_entries() for r in e.recipients}
+        left = waiting & set(authors)
+        expect(not left, f"{member.name}: a bounce waits for {', '.join(left)}")
     for author in authors:
         back = ctx.lab.world.mails("origin", author)
         expect(not back, f"a bounce left for {author}, whose mail could be refused at RCPT")
-        for member in members(ctx):
-            queued = ctx.lab.machine(member).queued(author)
-            expect(not queued, f"{member.name}: a bounce waits for {author}")
     return f"{told}; no bounce left; {relayed}"
 
 
@@ -416,24 +418,22 @@ def _nothing_is_relayed(ctx: Context) -> str:
     ways = [*_ways_outside(ctx), *_ways_of_networks(ctx), *_ways_of_frontends(ctx)]
     victim = token_hex(8)
 
-    def look(case: tuple[Relay, tuple[Attempt, ...]]) -> None:
-        way, mine = case
+    def look(way: Relay) -> None:
         values = _values(ctx, way, victim)
-        session = way.open()
-        try:
-            for attempt in mine:
-                sender, recipient = attempt.filled(values)
-                code, text = _tried(session, sender, recipient)
+        filled = [attempt.filled(values) for attempt in shapes]
+        for first in range(0, len(filled), ERRORS):
+            mine = filled[first : first + ERRORS]
+            with way.open() as session:
+                replies = _tried(session, mine)
+            for (sender, recipient), (code, text) in zip(mine, replies, strict=True):
                 expect(
                     code >= 400,
                     f"{way.where}: relays: MAIL FROM:<{sender}> RCPT TO:<{recipient}> is answered"
                     f" with {code} {text}",
                 )
-        finally:
-            session.close()
 
-    parts = [shapes[n : n + ERRORS] for n in range(0, len(shapes), ERRORS)]
-    each([(way, part) for way in ways for part in parts], look, workers=16)
+    # One session at a time on each way: servers need not start a process for each.
+    each(ways, look, workers=12)
     arrived = ctx.lab.world.copies(victim)
     expect(not arrived, f"a mail for {victim} arrived at {[m.mx for m in arrived]}")
     places = sorted({way.where.rpartition(" from ")[2] for way in ways})
@@ -443,30 +443,38 @@ def _nothing_is_relayed(ctx: Context) -> str:
     )
 
 
-def _tried(session: Session, sender: str, recipient: str) -> tuple[int, str]:
-    """MAIL and RCPT as written, letters beyond ASCII as UTF-8. The reply that decides."""
-    replies = []
-    for line in (f"MAIL FROM:<{sender}>", f"RCPT TO:<{recipient}>"):
-        replies.append(session.raw(line.encode()))
-        if replies[-1][0] != 250:
-            break
-    session.rset()
-    return replies[-1]
+def _tried(session: Session, envelopes: Sequence[tuple[str, str]]) -> list[tuple[int, str]]:
+    """MAIL and RCPT as written, letters beyond ASCII as UTF-8, all without waiting (RFC 2920).
+
+    Returns:
+        For each envelope the reply that decides.
+    """
+    lines = [
+        line
+        for sender, recipient in envelopes
+        for line in (f"MAIL FROM:<{sender}>", f"RCPT TO:<{recipient}>", "RSET")
+    ]
+    session.send("".join(f"{line}\r\n" for line in lines).encode())
+    replies = [session.getreply() for _ in lines]
+    decisive = [
+        mail if mail[0] != 250 else recipient
+        for mail, recipient in zip(replies[0::3], replies[1::3], strict=True)
+    ]
+    return [(code, text.decode("utf-8", "replace")) for code, text in decisive]
 
 
 def _values(ctx: Context, way: Relay, victim: str) -> dict[str, str]:
     platform = ctx.platform
-    ours = next(
-        d for d in addresses.receiving(platform) if not addresses.takes_everyone(platform, d)
-    )
+    named = (d for d in addresses.receiving(platform) if not addresses.takes_everyone(platform, d))
+    ours = next(named, None)
     there = _others(ctx)
-    pair = {a.version: str(a) for h in members(ctx) for a in reversed(ctx.public(h))}
+    pair = {address.version: str(address) for address in ctx.public(members(ctx)[0])}
     return {
         "victim": f"{victim}@{there}",
         "user": victim,
         "there": there,
-        "ours": ours.name,
-        "known": next(addresses.users(platform, ours)),
+        "ours": ours.name if ours else platform.inbound.srs_domain,
+        "known": next(addresses.users(platform, ours), "postmaster") if ours else "postmaster",
         "mx": platform.names.smtp_in,
         "member": way.server,
         "srs": platform.inbound.srs_domain,
@@ -915,13 +923,9 @@ def manners_are_asked_for(ctx: Context) -> str:
         Rude("HELO with a bad name", ("EHLO a..b", mail, f"RCPT TO:<{known}>"), (501,), "5.5.2"),
         Rude("HELO with a bad letter", ("EHLO a_b!c", mail, f"RCPT TO:<{known}>"), (501,), "5.5.2"),
         Rude("a recipient without a domain", (hello, mail, "RCPT TO:<someone>"), (504,), "5.5.2"),
-        Rude("a short domain", (hello, mail, "RCPT TO:<someone@host>"), (504,), "5.5.2"),
-        Rude(
-            "an unknown domain",
-            (hello, mail, f"RCPT TO:<{nowhere}>"),
-            (450, 550),
-            "omain not found",
-        ),
+        # Postfix says first that it does not relay, which is for good, and then what is wrong.
+        Rude("a short domain", (hello, mail, "RCPT TO:<someone@host>"), (504, 554), "5."),
+        Rude("an unknown domain", (hello, mail, f"RCPT TO:<{nowhere}>"), (450, 550, 554), ""),
     ]
     members_doors = doors(ctx)
 
@@ -941,10 +945,10 @@ def manners_are_asked_for(ctx: Context) -> str:
         with door.session(ctx) as session:
             session.raw(b"HELO client.probe.invalid")
             session.send(f"{mail}\r\nRCPT TO:<{known}>\r\nDATA\r\n".encode())
-            codes = [session.getreply()[0] for _ in range(3)]
+            code, text = session.getreply()
             expect(
-                503 in codes and codes[-1] != 354,
-                f"{door}: commands sent without waiting are answered with {codes}",
+                code in (503, 554) and b"5.5.0" in text,
+                f"{door}: commands sent without waiting are answered with {code} {text.decode()}",
             )
 
     each([(one, door) for one in rude for door in members_doors], refused, workers=16)
