@@ -236,12 +236,14 @@ class RemoteSender:
         domain: Its mail domain. Answers and bounces reach the world's server ``origin``.
         helo: What it says in HELO.
         sign: Signs a mail if the domain has a key; else the mail stays as it is.
+        seal: Passes a mail on with ARC headers, if the domain has a key.
     """
 
     client: Client
     domain: str
     helo: str
     sign: Callable[[bytes], bytes] = field(repr=False)
+    seal: Callable[[bytes], bytes] = field(repr=False)
 
 
 SERVERS_OWN = frozenset(
@@ -600,8 +602,11 @@ class Lab:
         def sign(message: bytes) -> bytes:
             return key.sign(message, sender.domain) if sender.dkim else message
 
+        def seal(message: bytes) -> bytes:
+            return key.seal(message, sender.domain) if sender.dkim else message
+
         client = Client(sender.host, sealed(namespace), ipv4, ipv6)
-        return RemoteSender(client, sender.domain, sender.host, sign)
+        return RemoteSender(client, sender.domain, sender.host, sign, seal)
 
     def _internet4(self) -> Iterator[IPv4Address]:
         """Addresses that are nobody's (RFC 5737), also not the platform's, in no order."""

@@ -80,7 +80,7 @@ def test_another_score_turns_spam_1_red(platform_up: Context) -> None:
 def test_results_that_are_not_told_turn_spam_1_red(platform_up: Context) -> None:
     silent = edit(f"{LOCAL}/milter_headers.conf", "s/^use = .*/use = [];/")
     with changed_everywhere(platform_up, silent):
-        expect_red(platform_up, "SPAM-1", "arrived with [01] headers Authentication-Results")
+        expect_red(platform_up, "SPAM-1", "spf=missing|with [02-9] headers Authentication-Results")
 
 
 def test_no_greylisting_turns_spam_2_red(platform_up: Context) -> None:
