@@ -399,9 +399,9 @@ class Server:
             "nft",
             "-f",
             "-",
-            input="table inet cut { chain in { type filter hook input priority 0; "
-            'iifname "pair" drop; }\n chain out { type filter hook output priority 0; '
-            'oifname "pair" drop; } }\n',
+            input="table inet cut {\n"
+            'chain in { type filter hook input priority 0; iifname "pair" drop; }\n'
+            'chain out { type filter hook output priority 0; oifname "pair" drop; }\n}\n',
         )
 
     def heal(self) -> None:
@@ -449,7 +449,7 @@ class Pair:
     def both(self) -> tuple[Server, Server]:
         return self.a, self.b
 
-    def up(self) -> None:
+    def up(self, timeout: float = 60.0) -> None:
         for server in self.both:
             self._furnish(server)
             server.boot()
@@ -457,7 +457,7 @@ class Pair:
         with ThreadPoolExecutor() as pool:
             list(pool.map(Server.start_dovecot, self.both))
             list(pool.map(Server.start_pairsync, self.both))
-        self.wait_up()
+        self.wait_up(timeout)
 
     def connect(self) -> None:
         """Plug in the cable between the two."""
@@ -473,12 +473,12 @@ class Pair:
         wait_for("the old cable is gone", lambda: "pair" not in self.a.run("ip", "link"))
         self.connect()
 
-    def wait_up(self) -> None:
+    def wait_up(self, timeout: float = 60.0) -> None:
         for server in self.both:
             wait_for(
                 f"{server.name} sees its peer and has no pass",
                 lambda s=server: (d := s.status()) and d["peer"]["up"] and not d["pass"],  # type: ignore[misc]
-                timeout=60,
+                timeout=timeout,
             )
 
     def close(self) -> None:

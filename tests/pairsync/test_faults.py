@@ -261,6 +261,7 @@ def test_a_dovecot_that_is_down_is_awaited(pair: Pair, user: str) -> None:
 def test_both_are_hot_with_the_same_users(pair: Pair) -> None:
     users = pair.fresh(3)
     with stream(pair.both, users, 10) as flow:
+        wait_for("mails", lambda: all(flow.sent.values()))
         for _ in range(5):
             for user in users:
                 for server, flag in zip(pair.both, ("\\Flagged", "\\Answered"), strict=True):

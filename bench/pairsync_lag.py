@@ -1,0 +1,230 @@
+"""How long after a change on one server it is on the other, and what it costs.
+
+    python -m bench.pairsync_lag [--users 20] [--all-users 5000] [--rate 20] [--seconds 60]
+
+Two real Dovecots with pairsync on this machine (tests/pairsync/pair.py). Mails are delivered by
+LMTP to one at a steady rate; on the other one IMAP client per user asks every 50 ms. The lag of a
+mail is from the answer to its DATA until a client's answer shows it, so it has 0 to 50 ms of that
+polling in it. Flags go the other way: set by IMAP on the second, seen on the first.
+
+Compared with (research of 2026, two cores, polling every 100 ms): Dovecot 2.3's replicator and a
+prototype. CPU is in percent of one core per server: Dovecot, pairsync and, on the reading server,
+the polling clients' Dovecot processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import imaplib
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rehearsal import image
+from rehearsal.progress import Progress
+from tests.pairsync.pair import Pair, Server
+
+_POLL_SECONDS = 0.05
+_SETTLE_SECONDS = 10.0
+_BASELINE = """\
+                                      p50    p95    p99    max    CPU a  CPU b
+Dovecot 2.3 replicator, mails 20/s    0.15   0.23   0.28          83 %   81 %
+Dovecot 2.3 replicator, flags         0.59
+prototype, mails 20/s                 0.10   0.15   0.16   0.16   39 %   31 %
+prototype, flags                      0.07   0.07
+"""
+
+
+class Watcher(threading.Thread):
+    """Sees mails and flags of one user over IMAP."""
+
+    def __init__(self, server: Server, user: str, stop: threading.Event) -> None:
+        super().__init__()
+        self._server, self._user, self._stopped = server, user, stop
+        self.mails: dict[str, float] = {}
+        self.flags: dict[str, float] = {}
+        self.ready = threading.Event()
+
+    def run(self) -> None:
+        client = self._server.imap(self._user)
+        client.select()
+        self.ready.set()
+        known = 0
+        while not self._stopped.wait(_POLL_SECONDS):
+            client.noop()
+            now = time.monotonic()
+            for line in client.response("FETCH")[1] or []:
+                if isinstance(line, bytes) and (found := re.match(rb"(\d+) .*important", line)):
+                    self.flags.setdefault(found[1].decode(), now)
+            exists = client.response("EXISTS")[1]
+            count = int(exists[-1]) if exists and exists[-1] else known
+            if count > known:
+                self._look(client, known + 1, count, now)
+                known = count
+        client.logout()
+
+    def _look(self, client: imaplib.IMAP4, first: int, last: int, now: float) -> None:
+        _, rows = client.fetch(f"{first}:{last}", "(BODY.PEEK[HEADER.FIELDS (SUBJECT)])")
+        for row in rows:
+            if isinstance(row, tuple):
+                self.mails.setdefault(row[1].decode().split(":", 1)[1].strip(), now)
+        client.response("FETCH")
+
+
+def cpu_seconds(server: Server) -> float:
+    """Of all processes of a server, also of those that ended."""
+    ticks = 0
+    todo = [server.pid]
+    while todo:
+        pid = todo.pop()
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        except OSError:
+            continue
+        ticks += sum(int(f) for f in fields[11:15])
+        todo += [int(child) for child in children]
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def row(name: str, lags: Sequence[float], missing: int, cpu: Sequence[float] = ()) -> str:
+    ordered = sorted(lags)
+    if not ordered:
+        return f"{name:<36}  nothing arrived, {missing} missing"
+    picked = [ordered[min(len(ordered) - 1, int(len(ordered) * p))] for p in (0.5, 0.95, 0.99)]
+    values = "   ".join(f"{v:.2f}" for v in (*picked, ordered[-1]))
+    costs = "".join(f"   {c:3.0f} %" for c in cpu)
+    return f"{name:<36}  {values}{costs}   {len(lags)} seen, {missing} missing"
+
+
+def measure_mails(pair: Pair, there: Server, here: Server, rate: float, seconds: float) -> str:
+    stop = threading.Event()
+    users = pair.users
+    watchers = {user: Watcher(here, user, stop) for user in users}
+    for watcher in watchers.values():
+        watcher.start()
+    for watcher in watchers.values():
+        watcher.ready.wait(30)
+    accepted: dict[str, tuple[str, float]] = {}
+    lock = threading.Lock()
+    workers = min(len(users), max(2, round(rate / 4)))
+
+    def deliver(number: int) -> None:
+        due, count = time.monotonic() + number / rate, number
+        while due < end:
+            time.sleep(max(0.0, due - time.monotonic()))
+            user = users[count % len(users)]
+            tag = f"{user}-{count}-{time.monotonic_ns()}"
+            there.deliver(user, tag, size=3000)
+            with lock:
+                accepted[tag] = (user, time.monotonic())
+            count += workers
+            due += workers / rate
+
+    before = [cpu_seconds(server) for server in (there, here)]
+    began = time.monotonic()
+    end = began + seconds
+    threads = [threading.Thread(target=deliver, args=(number,)) for number in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took = time.monotonic() - began
+    cpu = [
+        (cpu_seconds(server) - was) / took * 100
+        for server, was in zip((there, here), before, strict=True)
+    ]
+    limit = time.monotonic() + _SETTLE_SECONDS
+    while time.monotonic() < limit and any(
+        tag not in watchers[user].mails for tag, (user, _) in accepted.items()
+    ):
+        time.sleep(_POLL_SECONDS)
+    stop.set()
+    for watcher in watchers.values():
+        watcher.join()
+    lags = [
+        watchers[user].mails[tag] - at
+        for tag, (user, at) in accepted.items()
+        if tag in watchers[user].mails
+    ]
+    name = f"pairsync, mails {rate:g}/s, {len(users)} users"
+    return row(name, lags, len(accepted) - len(lags), cpu)
+
+
+def measure_flags(pair: Pair, there: Server, here: Server) -> str:
+    stop = threading.Event()
+    lags, missing = [], 0
+    for user in pair.users:
+        watcher = Watcher(here, user, stop)
+        watcher.start()
+        watcher.ready.wait(30)
+        with there.imap(user) as client:
+            client.select()
+            for number in ("1", "2", "3"):
+                client.store(number, "+FLAGS", "(important)")
+                at = time.monotonic()
+                while number not in watcher.flags and time.monotonic() < at + _SETTLE_SECONDS:
+                    time.sleep(_POLL_SECONDS / 5)
+                if number in watcher.flags:
+                    lags.append(watcher.flags[number] - at)
+                else:
+                    missing += 1
+        stop.set()
+        watcher.join()
+        stop.clear()
+    return row("pairsync, flags", lags, missing)
+
+
+def idle(pair: Pair, seconds: float = 10.0) -> None:
+    """What a daemon takes while nothing happens."""
+    for server in pair.both:
+        proc = server.path(f"/proc/{server.pairsync_pid()}")
+        status = (proc / "status").read_text()
+        peak = next(line.split()[1] for line in status.splitlines() if "VmRSS" in line)
+        ticks = [_ticks(proc / "stat")]
+        time.sleep(seconds / 2)
+        ticks.append(_ticks(proc / "stat"))
+        cpu = (ticks[1] - ticks[0]) / os.sysconf("SC_CLK_TCK") / (seconds / 2) * 100
+        print(f"{server.name}: the daemon has {int(peak) // 1024} MiB and takes {cpu:.1f} % idle")
+
+
+def _ticks(path: Path) -> int:
+    return sum(int(f) for f in path.read_text().rpartition(")")[2].split()[11:13])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--users", type=int, default=20)
+    parser.add_argument("--all-users", type=int, default=0, help="of which --users are busy")
+    parser.add_argument("--rate", type=float, nargs="*", default=[1.0, 5.0, 20.0])
+    parser.add_argument("--seconds", type=float, default=60.0)
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="pairsync-bench-", dir="/var/tmp"))
+    everybody = max(arguments.users, arguments.all_users)
+    pair = Pair(image.ensure(Progress()).mail, folder, everybody)
+    try:
+        began = time.monotonic()
+        pair.up(timeout=1200)
+        print(f"up, with a first full run for {everybody} users: {time.monotonic() - began:.0f} s")
+        idle(pair)
+        pair.users = pair.users[: arguments.users]
+        print(f"load before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+        print(_BASELINE, end="", flush=True)
+        for rate in arguments.rate:
+            print(measure_mails(pair, pair.a, pair.b, rate, arguments.seconds), flush=True)
+        pair.wait_quiet(60)
+        print(measure_flags(pair, pair.b, pair.a), flush=True)
+        for server in pair.both:
+            print(server.name, server.status()["runs"])
+    finally:
+        pair.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
