@@ -586,6 +586,14 @@ def _inbound_records(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]:
             yield _mx(platform, zone, domain.name, "Mail for this domain comes in through smtp-in")
 
 
+def maildrop_exchanges(platform: Platform) -> tuple[tuple[int, str], ...]:
+    """Where mail for the mailboxes goes: preference and host, the primary first."""
+    return tuple(
+        (MX_PREFERENCE + number * MX_STEP, host.name)
+        for number, host in enumerate(platform.replicas)
+    )
+
+
 def _maildrop_records(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]:
     """What leads mail, mail clients and webmail to the mailboxes."""
     replicas = platform.replicas
@@ -593,14 +601,14 @@ def _maildrop_records(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]
         return
     domain = platform.maildrop_domain
     zone = zone_map.of(domain, "domain of the mailboxes")
-    for number, host in enumerate(replicas):
+    for preference, target in maildrop_exchanges(platform):
         yield Record(
             zone=zone,
             name=domain,
             type=RecordType.MX,
             ttl=TTL_MAILDROP,
-            content=host.name,
-            priority=MX_PREFERENCE + number * MX_STEP,
+            content=target,
+            priority=preference,
             why="smtp-in delivers to the first replica that answers",
             stage=Stage.SERVICE,
         )

@@ -23,7 +23,7 @@ from mailsite.fragment import (
     templated,
 )
 from mailsite.model import Host, IPAddress, IPNetwork, Platform, Role
-from mailsite.records import addresses_of, own_names
+from mailsite.records import MAILDROP_PUBLISHED, addresses_of, maildrop_exchanges, own_names
 
 ROLE = "base"
 AGENT = "/usr/local/sbin/mail-agent"
@@ -126,14 +126,23 @@ def _managed(platform: Platform, host: Host, ports: Sequence[PortRule]) -> Fragm
 
 @dataclass(frozen=True)
 class LocalName:
-    """A name that every resolver of the platform answers by itself."""
+    """A name that every resolver of the platform answers by itself.
+
+    ``exchanges``: preference and host name of each MX.
+    """
 
     name: str
     addresses: tuple[IPAddress, ...]
+    exchanges: tuple[tuple[int, str], ...] = ()
 
 
-def internal_names(platform: Platform) -> tuple[LocalName, ...]:
-    """The internal names: every host by its internal leg, every cluster by its members."""
+def internal_names(
+    platform: Platform, *, maildrop: bool = MAILDROP_PUBLISHED
+) -> tuple[LocalName, ...]:
+    """The internal names: every host by its internal leg, every cluster by its members.
+
+    ``maildrop``: with those that mail and webmail find the mailboxes by.
+    """
     found = [
         LocalName(own.name, own.addresses)
         for own in own_names(platform)
@@ -143,6 +152,12 @@ def internal_names(platform: Platform) -> tuple[LocalName, ...]:
         legs = [platform.internal_leg(member) for member in platform.members(role)]
         if legs:
             found.append(LocalName(platform.internal_name(role), addresses_of(legs)))
+    if maildrop and platform.replicas:
+        legs = [platform.internal_leg(replica) for replica in platform.replicas]
+        found += [
+            LocalName(platform.webmail_backend, addresses_of(legs)),
+            LocalName(platform.maildrop_domain, (), maildrop_exchanges(platform)),
+        ]
     return tuple(found)
 
 

@@ -46,6 +46,7 @@ def code() -> dict[str, File]:
     folders = {
         "*.py": f"{LIBRARY}/pairsync",
         "*.lua": LIBRARY,
+        "README.md": LIBRARY,
         "bin/*": COMMAND.rpartition("/")[0],
         "*.service": UNITS,
     }

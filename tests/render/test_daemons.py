@@ -108,6 +108,7 @@ def test_internal_names_resolve_with_the_outside_cut_off(image: Image, case: Cas
     expected = {
         own.name: " ".join(sorted(str(address) for address in own.addresses))
         for own in internal_names(case.platform)
+        if own.addresses
     }
     assert set(case.platform.hosts) < set(expected)
     result = image.run_one(files, "sh", "-c", _RESOLVE, "sh", *expected)

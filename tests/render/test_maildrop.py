@@ -60,7 +60,6 @@ mkdir -p /srv/mail /var/dovecot /var/lib/pairsync
 mount --bind /srv/mail/dovecot /var/dovecot
 mount --bind /srv/mail/postfix /var/spool/postfix
 mount --bind /srv/mail/pairsync /var/lib/pairsync
-install -d -o vmail /var/lib/pairsync/dirty
 : >/var/log/mail.log
 chmod 666 /var/log/mail.log
 ''')

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from mailsite.bundle import compose
-from mailsite.fragment import TcpHealth
+from mailsite.fragment import CommandHealth, TcpHealth
 from mailsite.loader import SiteError, load_platform
 from mailsite.model import Platform, Role
 from mailsite.roles import frontend
+from mailsite.roles.dovecot import greets
 from tests.unit.test_loader import EXAMPLE
 
 PLATFORM = load_platform(EXAMPLE)
@@ -55,3 +56,56 @@ def test_health_goes_through_the_stream() -> None:
         ("127.0.0.1", 587, banner),
         ("::1", 587, banner),
     }
+
+
+# -- mailboxes --------------------------------------------------------------------------------
+
+
+def test_streams_to_the_mailboxes_wait_until_they_are_in_service() -> None:
+    off = frontend.fragment(PLATFORM, EDGE, maildrop=False)
+    assert off == frontend.fragment(PLATFORM, EDGE), "the program builds this"
+    assert {rule.port for rule in off.ports} == {587}
+    on = frontend.fragment(PLATFORM, EDGE, maildrop=True)
+    assert off.files.items() <= on.files.items()
+    assert {rule.port for rule in on.ports} == {587, 993, 4190}
+
+
+def stream(name: str) -> tuple[frontend.Stream, str]:
+    (found,) = (s for s in frontend.streams(PLATFORM, maildrop=True) if s.name == name)
+    files = frontend.fragment(PLATFORM, EDGE, maildrop=True).files
+    return found, files[f"/etc/nginx/mail-streams.d/{name}.conf"].content
+
+
+@pytest.mark.parametrize(
+    ("name", "public", "behind"), [("imap", 993, 10993), ("managesieve", 4190, 14190)]
+)
+def test_mail_clients_are_led_to_the_primary_replica(name: str, public: int, behind: int) -> None:
+    found, text = stream(name)
+    assert PLATFORM.maildrop is not None
+    assert [s.backup for s in found.servers] == [False, True]
+    assert found.servers[0].name == PLATFORM.maildrop.primary
+    assert {s.port for s in found.servers} == {behind}
+    assert f"listen [::]:{public} so_keepalive=on;" in text
+    assert f"upstream {name} {{" in text and f"proxy_pass {name};" in text
+    assert "proxy_protocol on;" in text
+    # An IMAP client may say nothing for 29 minutes (RFC 2177).
+    assert "proxy_timeout 35m;" in text
+
+
+def test_filters_are_edited_from_the_networks_of_the_site_data_alone() -> None:
+    assert PLATFORM.maildrop is not None
+    networks = PLATFORM.maildrop.managesieve
+    _, text = stream("managesieve")
+    rows = [line.strip() for line in text.splitlines()]
+    allowed = [row for row in rows if row.startswith(("allow ", "deny "))]
+    assert allowed == [*(f"allow {network};" for network in networks), "deny all;"]
+    _, imap = stream("imap")
+    assert "deny" not in imap
+    rules = {r.port: r.sources for r in frontend.fragment(PLATFORM, EDGE, maildrop=True).ports}
+    assert (rules[4190], rules[993], rules[587]) == (networks, None, None)
+
+
+def test_health_sees_a_mailbox_server_behind_the_stream() -> None:
+    health = frontend.fragment(PLATFORM, EDGE, maildrop=True).health
+    for address in ("127.0.0.1", "::1"):
+        assert CommandHealth(greets(address, 993)) in health

@@ -11,7 +11,7 @@ import spf  # type: ignore[import-untyped]
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mailsite import inbound_rules, loader, rules
+from mailsite import inbound_rules, loader, mailbox_rules, rules
 from mailsite.loader import SiteError, load_platform
 from mailsite.model import Platform, Role
 from mailsite.rulebook import Rule, RuleBook, closest
@@ -29,7 +29,7 @@ def test_every_rule_is_broken_by_some_bad_site(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken: set[str] = set()
-    books = (rules, inbound_rules)
+    books = (rules, inbound_rules, mailbox_rules)
     original = [entry for book in books for entry in book.BOOK.rules]
 
     def watch(function: Rule) -> Rule:
@@ -43,7 +43,7 @@ def test_every_rule_is_broken_by_some_bad_site(
     for book in books:
         watched = [(whole, watch(f)) for whole, f in book.BOOK.rules]
         monkeypatch.setattr(book, "BOOK", RuleBook(watched))
-    for number, case in enumerate([*cases("rules"), *cases("inbound")]):
+    for number, case in enumerate([*cases("rules"), *cases("inbound"), *cases("mailboxes")]):
         folder = Path(shutil.copytree(EXAMPLE, tmp_path / str(number)))
         for change in case["patch"] if isinstance(case["patch"], list) else [case["patch"]]:
             patch(folder, change)
