@@ -170,6 +170,7 @@ class Session(smtplib.SMTP):
 
     def submit(self, sender: str, recipients: list[str], message: bytes) -> tuple[int, str]:
         """A whole transaction. The first reply that is no success is returned, else DATA's."""
+        self.ehlo_or_helo_if_needed()
         code, text = self.mail(sender)
         for recipient in recipients if code == 250 else ():
             code, text = self.rcpt(recipient)
