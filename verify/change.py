@@ -266,6 +266,7 @@ def _expect_arrival(ctx: Context, address: str) -> None:
         mail = smtp_in.write(sender, address)
         door = next(d for d in smtp_in.remote_doors(ctx, sender) if d.member is member)
         with door.session(ctx) as session:
+            session.ehlo()
             code, text = session.submit(mail.sender, [mail.recipient], mail.content)
             expect(code == 250, f"{door}: mail to {address} is answered with {code} {text}")
         eventually(

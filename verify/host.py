@@ -303,6 +303,7 @@ class Inbound(Tier):
     def _deliver(ctx: Context, member: Host, sender: RemoteSender, mail: Letter) -> None:
         door = next(d for d in smtp_in.remote_doors(ctx, sender) if d.member is member)
         with door.session(ctx) as session:
+            session.ehlo()
             code, text = session.submit(mail.sender, [mail.recipient], mail.content)
             expect(code == 250, f"{door}: mail to {mail.recipient} is answered with {code} {text}")
 

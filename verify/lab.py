@@ -533,8 +533,13 @@ class LabMachine:
 
     # Its resolver
 
-    def forget_servers(self) -> None:
-        """Let the host's Unbound forget which name servers did not answer."""
+    def forget(self, *zones: str) -> None:
+        """Let the host's Unbound forget names of zones, and which name servers did not answer.
+
+        It would serve what it remembers where a server is slow (RFC 8767).
+        """
+        for zone in zones:
+            self.run("unbound-control", "flush_zone", zone)
         self.run("unbound-control", "flush_infra", "all")
 
 

@@ -6,7 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from itertools import count
@@ -590,21 +590,40 @@ def block_lists_refuse(ctx: Context) -> str:
     refusing = [entry for entry in ctx.platform.inbound.dnsbl if not entry.warn_only]
     if not refusing:
         raise Skipped("the site data names no block list; inbound.dnsbl in site.yaml does")
+    zones = sorted({entry.zone for entry in refusing})
     trials = [t for entry in refusing for t in _trials(ctx, entry)]
     started = time.time()
-    with lab.world.listed(*((t.zone, t.name, (t.answer,)) for t in trials)):
-        pairs = [(t, d) for t in trials for d in doors(ctx, t.client, t.helo)
-                 if d.address.version in t.versions]  # fmt: skip
-        each(pairs, lambda pair: _expect_verdict(ctx, *pair), workers=16)
-    unsure = [(t, d) for t, d in pairs if not t.listed]
-    eventually(lambda: _expect_warned(ctx, unsure, started), seconds=5, what="warnings")
-    dead = _dead_lists(ctx, sorted({entry.zone for entry in refusing}))
-    zones = sorted({entry.zone for entry in refusing})
+    with _nothing_remembered(ctx, zones):
+        with lab.world.listed(*((t.zone, t.name, (t.answer,)) for t in trials)):
+            pairs = [
+                (trial, door)
+                for trial in trials
+                for door in doors(ctx, trial.client, trial.helo)
+                if door.address.version in trial.versions
+            ]
+            each(pairs, lambda pair: _expect_verdict(ctx, *pair), workers=16)
+        unsure = [(t, d) for t, d in pairs if not t.listed]
+        eventually(lambda: _expect_warned(ctx, unsure, started), seconds=5, what="warnings")
+        dead = _dead_lists(ctx, zones)
     return (
         f"{sum(t.listed for t in trials)} listed clients refused with the name of"
         f" {', '.join(zones)} on {len(members(ctx))} members; {len(unsure)} answers that are none"
         f" (outside the range, {ERROR}) took the mail and warned; {dead}"
     )
+
+
+@contextmanager
+def _nothing_remembered(ctx: Context, zones: list[str]) -> Iterator[None]:
+    """The members' resolvers know nothing of the lists, before and afterwards."""
+
+    def forget(member: Host) -> None:
+        ctx.lab.machine(member).forget(*zones)
+
+    each(members(ctx), forget)
+    try:
+        yield
+    finally:
+        each(members(ctx), forget)
 
 
 def _trials(ctx: Context, entry: Dnsbl) -> Iterator[Trial]:
@@ -694,10 +713,12 @@ def _dead_lists(ctx: Context, zones: list[str]) -> str:
 
     def taken(doors_: list[Door], zones: list[str], since: float) -> float:
         def look(door: Door) -> float:
+            # Names that no resolver remembers: it would serve yesterday's answer (RFC 8767).
+            fresh = f"{token_hex(6)}.invalid"
             started = time.monotonic()
-            with door.session(ctx) as session:
+            with replace(door, helo=f"helo.{fresh}").session(ctx) as session:
                 session.ehlo()
-                code, text = session.envelope("someone@sender.invalid", existing(ctx))
+                code, text = session.envelope(f"someone@{fresh}", existing(ctx))
                 expect(
                     code == 250,
                     f"{door}: with {', '.join(zones)} dead, RCPT is answered with {code} {text}",
@@ -711,20 +732,15 @@ def _dead_lists(ctx: Context, zones: list[str]) -> str:
             expect(not missing, f"{door}: no warning that {', '.join(missing)} is dead")
         return max(waited)
 
-    # Answers are remembered for a moment, so clients are new ones.
     with ExitStack() as stack:
         for zone in zones:
             stack.enter_context(world.list_behaving(zone, "fail"))
         taken(doors(ctx), zones, time.time())
     silent = min(zones, key=lambda z: sum(e.zone == z for e in ctx.platform.inbound.dnsbl))
-    each(members(ctx), lambda m: ctx.lab.machine(m).forget_servers())
-    try:
-        with world.list_behaving(silent, "silent"):
-            one = [next(d for d in doors(ctx) if d.member is m) for m in members(ctx)]
-            waited = taken(one, [silent], time.time())
-    finally:
-        # The resolvers would go on to think that the list is dead.
-        each(members(ctx), lambda m: ctx.lab.machine(m).forget_servers())
+    each(members(ctx), lambda member: ctx.lab.machine(member).forget())
+    with world.list_behaving(silent, "silent"):
+        one = [next(d for d in doors(ctx) if d.member is m) for m in members(ctx)]
+        waited = taken(one, [silent], time.time())
     return (
         f"SERVFAIL of all, and silence of {silent} (RCPT took {waited:.1f} s), took the mail and"
         " warned"
@@ -871,6 +887,7 @@ def _expect_bounce_comes_home(ctx: Context, member: Host, mail: Letter, rewritte
     door = next(d for d in remote_doors(ctx, remote) if d.member is member)
     bounce = write(remote, rewritten, author=f"mailer-daemon@{remote.domain}")
     with door.session(ctx) as session:
+        session.ehlo()
         code, text = session.submit("", [rewritten], bounce.content)
         expect(code == 250, f"{door}: a bounce to {rewritten} is answered with {code} {text}")
     back = _arrival(ctx, bounce)

@@ -67,6 +67,7 @@ def test_fifty_thousand_addresses_take_effect_without_a_pause(platform_up: Conte
         assert after == before
         mail = smtp_in.write(sender, f"user3@d{DOMAINS // 2}.many.invalid")
         with door.session(platform_up) as session:
+            session.ehlo()
             assert session.submit(mail.sender, [mail.recipient], mail.content)[0] == 250
         eventually(
             lambda: expect(platform_up.lab.world.copies(mail.token), "it did not arrive"),
