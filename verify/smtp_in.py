@@ -726,10 +726,13 @@ def _dead_lists(ctx: Context, zones: list[str]) -> str:
             return time.monotonic() - started
 
         waited = each(doors_, look)
-        for door in doors_:
+
+        def warned(door: Door) -> None:
             lines = ctx.lab.machine(door.member).journal(since, "RBL lookup error")
             missing = [z for z in zones if not any(z in line for line in lines)]
             expect(not missing, f"{door}: no warning that {', '.join(missing)} is dead")
+
+        each(doors_, lambda door: eventually(lambda: warned(door), seconds=5))
         return max(waited)
 
     with ExitStack() as stack:
