@@ -48,7 +48,7 @@ class Redis:
                 self.close()
                 raise
 
-    def call(self, *words: str | int) -> Answer:
+    def call(self, *words: str | float) -> Answer:
         """Send a command and wait for its answer.
 
         Raises:
@@ -60,12 +60,12 @@ class Redis:
         self._socket.sendall(request + b"".join(b"$%d\r\n%s\r\n" % (len(p), p) for p in parts))
         return self._answer()
 
-    def text(self, *words: str | int) -> str:
+    def text(self, *words: str | float) -> str:
         """The same, where the answer is a string; empty where there is none."""
         answer = self.call(*words)
         return "" if answer is None else str(answer)
 
-    def texts(self, *words: str | int) -> list[str]:
+    def texts(self, *words: str | float) -> list[str]:
         """The same, where the answer is a list of strings."""
         answer = self.call(*words)
         return [str(item) for item in answer] if isinstance(answer, list) else []

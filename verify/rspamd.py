@@ -169,7 +169,7 @@ def let_it_be_later(ctx: Context, known: set[str]) -> None:
     client had waited, and the check need not.
     """
     with redis(ctx, writer(ctx)) as memory:
-        for key in keys(memory, GREYLIST_KEYS) - known:
+        for key in keys(memory, GREYLIST_KEYS, "string") - known:
             first = memory.text("GET", key)
             if first.isdigit():
                 memory.call("SET", key, int(first) - GREYLISTED, "KEEPTTL")
@@ -180,7 +180,7 @@ def let_it_be_later(ctx: Context, known: set[str]) -> None:
 def remembered(ctx: Context) -> set[str]:
     """The first attempts that the filter remembers."""
     with redis(ctx, writer(ctx)) as memory:
-        return keys(memory, GREYLIST_KEYS)
+        return keys(memory, GREYLIST_KEYS, "string")
 
 
 # -- Checks -------------------------------------------------------------------------------------

@@ -49,12 +49,12 @@ def _names(hosts: list[Host]) -> str:
     return ", ".join(h.name for h in hosts)
 
 
-def keys(connection: Redis, pattern: str) -> set[str]:
-    """All keys that match ``pattern``."""
+def keys(connection: Redis, pattern: str, kind: str) -> set[str]:
+    """All keys that match ``pattern`` and hold a ``kind``: ``string``, ``hash``, ..."""
     found: set[str] = set()
     cursor = "0"
     while True:
-        answer = connection.call("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
+        answer = connection.call("SCAN", cursor, "MATCH", pattern, "COUNT", 1000, "TYPE", kind)
         assert isinstance(answer, list) and isinstance(answer[1], list)
         found |= {str(key) for key in answer[1]}
         cursor = str(answer[0])
