@@ -15,7 +15,7 @@ by it; smtp-in takes no mail for it from outside, because it is no virtual domai
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,6 +89,32 @@ def route(platform: Platform, target: Target) -> str:
     if isinstance(target, AddressTarget):
         return str(target)
     return DISCARD_ADDRESS
+
+
+def limited_addresses(platform: Platform) -> tuple[str, ...]:
+    """Addresses whose mail ends in one mailbox, and that has a quota; in alphabetical order.
+
+    For them smtp-in asks whether there is room before it takes a mail. One of an address that
+    leads to several mailboxes, or to anybody else, is not refused because one of them is full.
+    """
+    directory = Directory(platform)
+    found = []
+    for name in virtual_domains(platform):
+        domain = platform.domains[name]
+        known = dict.fromkeys(domain.addresses)
+        if domain.alias_of is not None:
+            known |= dict.fromkeys(platform.domains[domain.alias_of].addresses)
+        for local in known:
+            entry = directory.find(local, name) if local != CATCH_ALL else None
+            if entry is not None and _is_limited(platform, directory.outcome(entry).ends):
+                found.append(f"{local}@{name}")
+    return tuple(sorted(found))
+
+
+def _is_limited(platform: Platform, ends: Collection[Target]) -> bool:
+    boxes = {end.mailbox if isinstance(end, MailboxTarget) else None for end in ends}
+    box = platform.mailboxes.get(next(iter(boxes)) or "") if len(boxes) == 1 else None
+    return box is not None and box.quota is not None
 
 
 def main_address(platform: Platform, mailbox: str) -> str | None:

@@ -46,7 +46,9 @@ def first(role: Role) -> Case:
     return next(c for c in CASES if role in c.host.roles)
 
 
-@pytest.mark.parametrize("role", [Role.SMTP_OUT, Role.FRONTEND, Role.SMTP_IN, Role.RSPAMD])
+@pytest.mark.parametrize(
+    "role", [Role.SMTP_OUT, Role.FRONTEND, Role.SMTP_IN, Role.RSPAMD, Role.MAILDROP]
+)
 def test_every_checker_accepts_a_host_of_a_rehearsal(image: Image, role: Role) -> None:
     case = first(role)
     platform = in_rehearsal(case.platform)
@@ -186,12 +188,33 @@ RSPAMD_FAULTS = (
     ),
 )
 
+MAILDROP_FAULTS = (
+    Fault("dovecot", "/etc/dovecot/dovecot.conf", "mail_fsync", "mail_fsinc", "mail_fsinc"),
+    Fault("dovecot", "/etc/dovecot/dovecot.conf", "    user = vmail", "    user = vmai", "vmai"),
+    Fault("dovecot", "/etc/sysusers.d/mail-vmail.conf", "u vmail", "u v!mail", "mail-vmail.conf"),
+    Fault("postconf", "/etc/postfix/main.cf", "virtual_transport", "virtual_transprt", "transprt"),
+    Fault(
+        "systemd",
+        "/etc/systemd/system/pairsync.service.d/mail.conf",
+        "RequiresMountsFor=",
+        "RequiresMountFor=",
+        "pairsync.service.d/mail.conf",
+    ),
+    Fault(
+        "systemd",
+        "/etc/systemd/system/var-dovecot.mount",
+        "Where=",
+        "Were=",
+        "var-dovecot.mount",
+    ),
+)
 
 FAULTS = {
     Role.SMTP_OUT: OUT_FAULTS,
     Role.FRONTEND: FRONTEND_FAULTS,
     Role.SMTP_IN: IN_FAULTS,
     Role.RSPAMD: RSPAMD_FAULTS,
+    Role.MAILDROP: MAILDROP_FAULTS,
 }
 
 
@@ -258,3 +281,13 @@ def test_a_signing_key_that_others_can_read_is_refused(image: Image) -> None:
     files[path] = replace(files[path], mode=0o644)
     checks, commands = steps(case.platform, case)
     assert path in refusals(checks, image.run(files, commands))["dkim"]
+
+
+def test_a_filter_with_a_mistake_is_refused(image: Image) -> None:
+    case = first(Role.MAILDROP)
+    files = all_files(case.platform, case.host)
+    path = next(p for p in sorted(files) if p.endswith("/default.sieve"))
+    files[path] = replace(files[path], content=files[path].content.replace("fileinto", "filinto"))
+    checks, commands = steps(case.platform, case)
+    (told,) = refusals(checks, image.run(files, commands)).values()
+    assert "default: line" in told and "filinto" in told

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import bcrypt
@@ -78,7 +82,17 @@ class Controller(http.server.BaseHTTPRequestHandler):
 
 controller = http.server.ThreadingHTTPServer(tuple(order["controller"]), Controller)
 threading.Thread(target=controller.serve_forever, daemon=True).start()
-commands = (["unbound", "-d"], ["dovecot", "-F"])
+tracer = []
+if order["strace"]:
+    os.mkdir("/tmp/strace")
+    for name, content in order["strace"].items():
+        with open(f"/tmp/strace/{name}", "wb") as file:
+            file.write(base64.b64decode(content))
+        os.chmod(file.name, 0o755)
+    os.environ["LD_LIBRARY_PATH"] = "/tmp/strace"
+    tracer = ["/tmp/strace/strace", "-f", "-yy", "-s", "80", "-o", "/tmp/trace",
+        "-e", "trace=fsync,fdatasync,write,writev,sendto,sendmsg"]
+commands = (["unbound", "-d"], [*tracer, "dovecot", "-F"])
 daemons = [subprocess.Popen(command, stdout=log, stderr=log) for command in commands]
 wait(lambda: os.path.exists("/var/spool/postfix/private/dovecot-lmtp"), "no LMTP socket")
 subprocess.run(["postfix", "start"], check=True, stdout=log, stderr=log)
@@ -248,8 +262,23 @@ def replica(platform: Platform) -> dict[str, File]:
     return files
 
 
-def observe(image: Image, platform: Platform, scenario: str) -> dict[str, Any]:
-    """What ``scenario``, a program for the machine, saw."""
+def observe(
+    image: Image,
+    platform: Platform,
+    scenario: str,
+    *,
+    strace: Mapping[str, str] | None = None,
+    changes: Mapping[str, tuple[str, str]] | None = None,
+) -> dict[str, Any]:
+    """What ``scenario``, a program for the machine, saw.
+
+    ``strace``: the program and its libraries, in base64; Dovecot runs below it. ``changes``:
+    what is replaced in a file.
+    """
+    files = replica(platform)
+    for path, (old, new) in (changes or {}).items():
+        assert old in files[path].content
+        files[path] = replace(files[path], content=files[path].content.replace(old, new, 1))
     inbound = platform.internal_leg(platform.members(Role.SMTP_IN)[0]).ipv4
     frontend = platform.internal_leg(platform.members(Role.FRONTEND)[0]).ipv4
     learner = platform.internal_leg(rspamd.learning_host(platform)).ipv4
@@ -267,11 +296,11 @@ def observe(image: Image, platform: Platform, scenario: str) -> dict[str, Any]:
         "names": served_names(platform),
         "prober": maildrop.prober(platform),
         "password": PASSWORD,
-        "homes": maildrop.HOMES,
+        "strace": strace,
     }
     builds = [Step(build.command) for build in maildrop.map_builds()]
     live = Step(("python3", "-c", _LIVE), input=json.dumps(order))
-    *built, last = image.run(replica(platform), [*builds, live])
+    *built, last = image.run(files, [*builds, live])
     assert [step.words for step in built if step.status] == []
     assert last.status == 0, last.words
     found: dict[str, Any] = json.loads(last.out)
@@ -697,3 +726,88 @@ def test_what_was_taken_waits_and_arrives_when_there_is_room(quota: dict[str, An
 def test_mail_clients_see_the_quota_and_can_make_room(quota: dict[str, Any]) -> None:
     assert "OVERQUOTA" in quota["append"]
     assert quota["to_trash"] == ["OK", "OK"]
+
+
+# -- on the disk -------------------------------------------------------------------------------
+
+_TRACE = r"""
+replies = deliver(f"plain@{DOMAIN}", mail("traced"))
+seen["reply"] = replies[-1]
+seen["trace"] = open("/tmp/trace").read()
+"""
+
+
+@pytest.fixture(scope="session")
+def strace() -> dict[str, str]:
+    """strace of this machine with the libraries that it needs."""
+    program = shutil.which("strace")
+    if program is None:
+        pytest.skip("strace is not installed")
+    listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    # The machine's own C library does.
+    found = [Path(p) for p in re.findall(r"=> (/\S+)", listed) if "/libc.so" not in p]
+    return {p.name: base64.b64encode(p.read_bytes()).decode() for p in (Path(program), *found)}
+
+
+def steps_of_lmtp(trace: str) -> list[str]:
+    """What the process did that took the mail, up to its 250: "sync" for each message file."""
+    rows = [row.split(None, 1) for row in trace.splitlines()]
+    (answered,) = (n for n, (_, call) in enumerate(rows) if " Saved" in call)
+    process = rows[answered][0]
+    calls = [call for pid, call in rows[:answered] if pid == process]
+    # A new file of messages gets its name when it is on the disk.
+    message_file = re.compile(r"f(data)?sync\(\d+<.*/mdbox/storage/(m\.\d+|\.temp\.\S+)>")
+    synced = [call for call in calls if message_file.match(call)]
+    return [*("sync" for _ in synced), "answer"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"), [("always", ["sync", "answer"]), ("never", ["answer"])]
+)
+def test_a_mail_is_on_the_disk_before_it_is_answered(
+    image: Image, strace: dict[str, str], setting: str, expected: list[str]
+) -> None:
+    change = {"/etc/dovecot/dovecot.conf": ("mail_fsync = always", f"mail_fsync = {setting}")}
+    outcome = observe(image, site(), _TRACE, strace=strace, changes=change)
+    assert outcome["reply"][0] == 250
+    assert list(dict.fromkeys(steps_of_lmtp(outcome["trace"]))) == expected
+
+
+# -- the command on the host -------------------------------------------------------------------
+
+_LEFT = """\
+set -u
+homes=/var/dovecot/users
+mkdir -p $homes/plain/mdbox $homes/former/mdbox $homes/.hidden
+echo mail >$homes/former/mdbox/m.1
+for arguments in "list" "left" "remove plain" "remove ../users/plain" "remove" "remove nobody" \
+    "remove former" "left" "anything"; do
+    echo "== $arguments"
+    /usr/local/sbin/mailbox $arguments 2>&1
+    echo "-> $?"
+done
+ls $homes
+"""
+
+
+def test_the_mail_of_a_removed_mailbox_stays_until_it_is_deleted_by_name(image: Image) -> None:
+    result = image.run_one(replica(site()), "sh", "-c", _LEFT)
+    assert result.status == 0
+    first, *parts = result.out.split("== ")
+    told = {}
+    for part in parts[:-1]:
+        arguments, _, rest = part.partition("\n")
+        words, _, status = rest.rpartition("-> ")
+        told.setdefault(arguments, (words, int(status.split()[0])))
+    words, status = told["list"]
+    assert status == 0 and set(site().mailboxes) == {row.split()[1] for row in words.splitlines()}
+    words, status = told["left"]
+    assert status == 0 and [row.split()[1] for row in words.splitlines()] == ["former"]
+    assert told["remove plain"][1] == 1 and "mailboxes.yaml" in told["remove plain"][0]
+    assert told["remove ../users/plain"][1] == told["remove"][1] == 2
+    assert told["remove nobody"][1] == 1
+    assert told["remove former"][1] == 0 and "the other one" in told["remove former"][0]
+    assert "mailbox list" in parts[-1] and "-> 2" in parts[-1]
+    assert parts[-1].split("-> 2")[1].split() == ["plain"]
+    assert parts[-2].partition("\n")[2].strip() == "-> 0"
+    assert first == ""

@@ -16,12 +16,14 @@ from mailsite.aliases import (
     DISCARD_ADDRESS,
     Directory,
     Entry,
+    limited_addresses,
+    main_address,
     route,
     virtual_aliases,
     virtual_domains,
 )
 from mailsite.loader import load_platform
-from mailsite.model import MailboxTarget, MailDomain, Nowhere, Platform
+from mailsite.model import Mailbox, MailboxTarget, MailDomain, Nowhere, Platform
 
 EXAMPLE = load_platform(Path(__file__).parents[2] / "sites" / "example")
 PROD = load_platform(Path(__file__).parents[2] / "sites" / "prod")
@@ -321,3 +323,54 @@ def test_five_thousand_domains_are_no_effort() -> None:
     for _, function in inbound_rules.BOOK.rules:
         assert not list(function(platform))
     assert time.process_time() - start < 10
+
+
+# -- mailboxes --------------------------------------------------------------------------------
+
+
+def with_quotas(*domains: MailDomain, **quotas: str | None) -> Platform:
+    boxes = {
+        name: Mailbox.model_validate({"name": name, "description": "invented", "quota": quota})
+        for name, quota in quotas.items()
+    }
+    return platform_of(*domains).model_copy(update={"mailboxes": boxes})
+
+
+def test_smtp_in_asks_about_addresses_of_one_mailbox_that_has_a_quota() -> None:
+    addresses: Addresses = {
+        "small": "small",
+        "tagged": "small+tag",
+        "twice": ["small+one", "small+two"],
+        "behind": "small@a.example.org",
+        "endless": "endless",
+        "both": ["small", "endless"],
+        "elsewhere": ["small", "friend@partner.example"],
+        "gone": "/dev/null",
+        "*": "small+rest",
+    }
+    platform = with_quotas(
+        domain("a.example.org", addresses),
+        domain("b.example.org", {"own": "small", "tagged": "endless"}, alias_of="a.example.org"),
+        small="1 GiB",
+        endless=None,
+    )
+    assert limited_addresses(platform) == (
+        "behind@a.example.org",
+        "behind@b.example.org",
+        "own@b.example.org",
+        "small@a.example.org",
+        "small@b.example.org",
+        "tagged@a.example.org",
+        "twice@a.example.org",
+        "twice@b.example.org",
+    )
+
+
+def test_the_main_address_is_the_one_written_like_the_mailbox_at_home_first() -> None:
+    elsewhere = domain("a.example.org", {"first": "box", "box": "box"})
+    assert main_address(platform_of(elsewhere), "box") == "box@a.example.org"
+    home = domain(EXAMPLE.domain, {"first": "box", "box": "box+tag"})
+    assert main_address(platform_of(elsewhere, home), "box") == f"box@{EXAMPLE.domain}"
+    unlike = domain("a.example.org", {"*": "box", "one": "box", "two": "box"})
+    assert main_address(platform_of(unlike), "box") == "one@a.example.org"
+    assert main_address(platform_of(domain("a.example.org", {"*": "box"})), "box") is None
