@@ -87,11 +87,6 @@ _SCRIPTS = (
     "report-ham",
 )
 
-# The user is made by a unit of ours, which has not run yet when a new host is checked.
-_WITH_VMAIL = (
-    f'said=$(systemd-sysusers {SYSUSERS} 2>&1) || {{ echo "$said" >&2; exit 1; }}; exec "$@"'
-)
-
 
 @dataclass(frozen=True)
 class User:
@@ -202,17 +197,12 @@ def fragment(platform: Platform, host: Host) -> Fragment:
         maps=map_builds(),
         checks=(
             *checks(),
-            Check(
-                "dovecot",
-                ("sh", "-c", _WITH_VMAIL, "sh", "doveconf", "-n"),
-                (f"{DOVECOT}/", SYSUSERS),
-                stderr_is_failure=True,
-            ),
+            Check("dovecot", ("doveconf", "-n"), (f"{DOVECOT}/",), stderr_is_failure=True),
+            Check("sysusers", ("systemd-sysusers", "--dry-run", SYSUSERS), (SYSUSERS,)),
             *(certificate_check(path) for path in paths.values()),
             *sync.checks,
         ),
         services=(
-            Service("mail-mailboxes.service", restart_on=(PREPARE, SYSUSERS), order=27),
             Service(
                 "dovecot.service",
                 reload_on=(f"{DOVECOT}/dovecot.conf", "/etc/certs/", pairsync.HOOK),

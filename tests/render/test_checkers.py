@@ -190,8 +190,7 @@ RSPAMD_FAULTS = (
 
 MAILDROP_FAULTS = (
     Fault("dovecot", "/etc/dovecot/dovecot.conf", "mail_fsync", "mail_fsinc", "mail_fsinc"),
-    Fault("dovecot", "/etc/dovecot/dovecot.conf", "    user = vmail", "    user = vmai", "vmai"),
-    Fault("dovecot", "/etc/sysusers.d/mail-vmail.conf", "u vmail", "u v!mail", "mail-vmail.conf"),
+    Fault("sysusers", "/etc/sysusers.d/mail-vmail.conf", "u vmail", "u v!mail", "mail-vmail.conf"),
     Fault("postconf", "/etc/postfix/main.cf", "virtual_transport", "virtual_transprt", "transprt"),
     Fault(
         "systemd",

@@ -16,6 +16,7 @@ from mailsite.roles import maildrop, pairsync, smtp_out
 from mailsite.roles.base import internal_names
 from mailsite.secret_names import certificate_key, mailbox_hash, pairsync_secret, sasl_hash
 from mailsite.secrets import required
+from pairsync.config import parse
 from tests.unit.test_bundle import lies_under
 from tests.unit.test_loader import EXAMPLE
 
@@ -154,6 +155,21 @@ def test_pairsync_listens_to_the_other_replica_alone() -> None:
     text = compose(PLATFORM, FIRST).files[pairsync.CONFIG].content
     assert f'name = "{FIRST.name}"' in text and f'name = "{SECOND.name}"' in text
     assert pairsync_secret() in required(PLATFORM, FIRST)
+
+
+def test_pairsync_reads_its_configuration() -> None:
+    config = parse(compose(PLATFORM, FIRST).files[pairsync.CONFIG].content, pairsync.CONFIG)
+    assert (config.name, config.peer.name) == (FIRST.name, SECOND.name)
+    assert config.peer.address == str(PLATFORM.internal_leg(SECOND).ipv4)
+    assert config.peer.port == config.listen.port == pairsync.PORT
+    assert str(config.dovecot.homes) == maildrop.HOMES
+    assert config.sieve is not None
+    # Its key and its secret are copies that systemd makes for it, under these names.
+    drop_in = compose(PLATFORM, FIRST).files[f"{maildrop.UNITS}/{pairsync.UNIT}.d/mail.conf"]
+    given = dict(re.findall(r"LoadCredential=(\w+):(.*)", drop_in.content))
+    for path in (config.tls.certificate, config.tls.key, config.files.secret):
+        assert str(path.parent) == pairsync.CREDENTIALS
+        assert given[path.name] in compose(PLATFORM, FIRST).secret_files
 
 
 def test_pairsync_is_installed_as_it_stands_in_the_checkout() -> None:
