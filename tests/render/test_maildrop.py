@@ -499,6 +499,9 @@ SPAM = "X-Spam: Yes"
 seen["default"] = deliver(f"plain@{DOMAIN}", mail("tagged as spam", SPAM))
 seen["plain"] = {name: subjects(imap("plain"), name) for name in ("INBOX", "Junk")}
 
+reader = Sieve()
+reader.login("plain")
+seen["listed"] = reader.say("LISTSCRIPTS")
 editor = Sieve()
 seen["login"] = editor.login("filtered")
 seen["bad"] = editor.put("bad", 'require "fileinto"; fileinto "Work')
@@ -539,6 +542,7 @@ def test_a_user_without_a_script_gets_the_default(sieve: dict[str, Any]) -> None
     assert sieve["plain"]["INBOX"] == []
     (row,) = sieve["plain"]["Junk"]
     assert "tagged as spam" in row
+    assert sieve["listed"].startswith('"default" ACTIVE')
 
 
 def test_a_bad_script_is_refused_with_a_message(sieve: dict[str, Any]) -> None:
