@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pairsync import __version__, inotify, night, notify, status
+from pairsync import __version__, inotify, night, notify, repair, status
 from pairsync.config import Config, ConfigError, read_secret
 from pairsync.control import Control
 from pairsync.doveadm import Doveadm, DovecotError
@@ -72,6 +72,7 @@ class Daemon:
             f"{boot_id()}.{folder_id(config.files.state)}",
             folder_id(config.dovecot.homes),
         )
+        self._suspects = set(self._markers.dirty())
         sync = config.sync
         self._queue = Queue(sync.parallel, sync.debounce, sync.retry_max)
         self._turns = Turns(config.precedence)
@@ -94,6 +95,7 @@ class Daemon:
             self._turns,
             self._released,
             self._deletions,
+            self,
         )
         self._runner = Runner(
             config,
@@ -103,6 +105,7 @@ class Daemon:
             self._released,
             self._states,
             self._scripts,
+            self._suspects,
         )
         self._wake = asyncio.Event()
         self._runs: set[asyncio.Task[Result]] = set()
@@ -190,6 +193,31 @@ class Daemon:
         if mine or theirs:
             await self._scripts.delete(user, {**mine, **theirs})
         return mine
+
+    def came(self, user: str) -> bool:
+        """A run of the peer's begins (:class:`pairsync.server.Guests`)."""
+        try:
+            self._markers.receive(user)
+        except OSError as error:
+            self._marker_problem = f"changed users cannot be noted: {error.strerror}"
+        return user in self._suspects
+
+    def common(self, user: str) -> repair.Common:
+        return repair.common(self._states.of(user).sync)
+
+    def left(self, user: str, *, well: bool) -> None:
+        try:
+            if well:
+                self._suspects.discard(user)
+                self._markers.left(user)
+            else:
+                self._suspects.add(user)
+                self._markers.broke_off(user)
+        except OSError as error:
+            self._marker_problem = f"changed users cannot be noted: {error.strerror}"
+        if not well:
+            self._notice(user, time.time())
+            self._wake.set()
 
     # The peer ----------------------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
 """Who changed: one empty file per user, written by Dovecot's hook (notify.lua).
 
 ``dirty/USER``: changed, and no run has begun since. ``running/USER``: changed before the run that
-is on now began. A run's begin renames the first to the second, so a change during the run makes
-a marker of its own; success removes the second; anything else, a crash too, renames it back.
-Hence a marker is gone only after a successful run that began after the change.
+is on now began. ``guest/USER``: a run of the peer's is on. A run's begin renames the first to the
+second, so a change during the run makes a marker of its own; success removes the second; anything
+else, a crash too, renames it back. Hence a marker is gone only after a successful run that began
+after the change.
 
 There are two places: the state on disk, and /run for when that disk is full.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789@_+=.-")
 _PROBE = ".probe"
+_BEGUN = ("running", "guest")
 
 
 def file_name(user: str) -> str:
@@ -60,10 +62,11 @@ class Markers:
     def prepare(self) -> None:
         """Make the folders; take what a dead daemon's runs left as not done."""
         for place in self._places:
-            for name in ("dirty", "running"):
+            for name in ("dirty", *_BEGUN):
                 (place / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-            for left in (place / "running").iterdir():
-                left.rename(place / "dirty" / left.name)
+            for name in _BEGUN:
+                for left in (place / name).iterdir():
+                    left.rename(place / "dirty" / left.name)
 
     def dirty(self) -> dict[str, float]:
         """Users with a marker whose run has not begun -> time of the first change."""
@@ -83,7 +86,10 @@ class Markers:
         (self._places[0] / "dirty" / file_name(user)).touch()
 
     def begin(self, user: str) -> float | None:
-        """A run begins. Returns the time of the first change, None where there was none."""
+        """A run begins. Returns the time of the first change, None where there was none.
+
+        Also a run without a change has a marker while it is on: should it break off.
+        """
         first: float | None = None
         for dirty, running in self._pairs(user):
             try:
@@ -92,6 +98,8 @@ class Markers:
                 continue
             changed = running.stat().st_mtime
             first = changed if first is None else min(first, changed)
+        if first is None:
+            self._pairs(user)[0][1].touch()
         return first
 
     def done(self, user: str) -> None:
@@ -102,6 +110,18 @@ class Markers:
         for dirty, running in self._pairs(user):
             with contextlib.suppress(FileNotFoundError):
                 running.rename(dirty)
+
+    def receive(self, user: str) -> None:
+        """A run of the peer's begins."""
+        self._guest(user).touch()
+
+    def left(self, user: str) -> None:
+        """It ended well."""
+        self._guest(user).unlink(missing_ok=True)
+
+    def broke_off(self, user: str) -> None:
+        """It did not: the user needs another."""
+        self._guest(user).rename(self._pairs(user)[0][0])
 
     def drop(self, user: str) -> None:
         """Forget a user who is gone."""
@@ -127,6 +147,9 @@ class Markers:
                 os.fsync(stream.fileno())
         finally:
             path.unlink(missing_ok=True)
+
+    def _guest(self, user: str) -> Path:
+        return self._places[0] / "guest" / file_name(user)
 
     def _pairs(self, user: str) -> list[tuple[Path, Path]]:
         name = file_name(user)

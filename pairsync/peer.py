@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import secrets
 import socket
 import ssl
 import time
@@ -42,11 +44,17 @@ class PeerAway(Exception):
 
 @dataclass(frozen=True)
 class Grant:
-    """The peer agrees to a run. ``deleted``: Sieve scripts that were deleted there -> when."""
+    """The peer agrees to a run.
+
+    ``deleted``: Sieve scripts that were deleted there -> version. ``repair``: None, or what both
+    had after the last good run that the peer knows of; then it waits for :mod:`pairsync.repair`.
+    """
 
     reader: Reader
     writer: Writer
     deleted: Mapping[str, float]
+    repair: Mapping[str, int] | None
+    run: str
 
 
 class Peer:
@@ -72,6 +80,7 @@ class Peer:
         self._on_down = on_down
         self._idle: deque[tuple[float, Reader, Writer]] = deque()
         self._wanted = asyncio.Event()
+        self._watch_writer: Writer | None = None
         self.up = False
         self.changed_at = time.time()
         self.problem = "not tried yet"
@@ -91,9 +100,19 @@ class Peer:
             await asyncio.sleep(wait)
             wait = min(_RETRY_MAX, wait * 1.5)
 
-    async def open_run(self, user: str, silence: float, deleted: Mapping[str, float]) -> Grant:
+    async def open_run(
+        self, user: str, silence: float, deleted: Mapping[str, float], *, suspect: bool
+    ) -> Grant:
         """Ask for a run. Raises :class:`PeerBusy`, :class:`PeerAway`, :class:`LinkError`."""
-        request = {"do": "run", "user": user, "silence": silence, "deleted": dict(deleted)}
+        run = secrets.token_hex(8)
+        request = {
+            "do": "run",
+            "run": run,
+            "user": user,
+            "silence": silence,
+            "deleted": dict(deleted),
+            "suspect": suspect,
+        }
         while True:
             kept, reader, writer = await self._take()
             try:
@@ -110,7 +129,13 @@ class Peer:
             if answer.get("busy"):
                 writer.transport.abort()
                 raise PeerBusy
-            return Grant(reader, writer, _times(answer.get("deleted")))
+            return Grant(reader, writer, _times(answer.get("deleted")), answer.get("repair"), run)
+
+    def tell_end(self, grant: Grant, *, well: bool) -> None:
+        """Tell how a run ended; a peer that is away takes it for broken off by itself."""
+        if self._watch_writer is not None and not self._watch_writer.is_closing():
+            line = json.dumps({"ended": grant.run, "well": well})
+            self._watch_writer.write(line.encode() + b"\n")
 
     async def keep_idle(self) -> None:
         """Have connections ready, so that no run waits for a handshake; never returns."""
@@ -186,6 +211,7 @@ class Peer:
         lost = ""
         try:
             await send(writer, {"do": "watch"})
+            self._watch_writer = writer
             self.up, self.problem, self.changed_at = True, "", time.time()
             self._wanted.set()
             self._on_up(who)
@@ -202,6 +228,7 @@ class Peer:
             lost = str(error)
         finally:
             writer.transport.abort()
+            self._watch_writer = None
             self.up, self.changed_at = False, time.time()
             self.problem = f"lost: {lost}"
             while self._idle:

@@ -17,11 +17,11 @@ _CLOSE_SECONDS = 2.0
 class Traffic:
     """How much went through, and when something last did (monotonic seconds)."""
 
-    bytes: int = 0
+    size: int = 0
     last: float = field(default_factory=time.monotonic)
 
     def count(self, size: int) -> None:
-        self.bytes += size
+        self.size += size
         self.last = time.monotonic()
 
 

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pairsync import repair
 from pairsync.config import Config
 from pairsync.doveadm import Doveadm, DovecotError, Reply
-from pairsync.link import LinkError, Reader, Writer
+from pairsync.link import LinkError, Reader, Writer, receive, send
 from pairsync.peer import Grant, Peer, PeerAway, PeerBusy
 from pairsync.relay import Traffic, relay, silence
 from pairsync.schedule import Job, Outcome, Turns
@@ -20,6 +21,7 @@ from pairsync.state import States
 
 _TURN_SECONDS = 2.0
 _LAST_BYTES_SECONDS = 2.0
+_REPAIR_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Runner:
         released: asyncio.Condition,
         states: States,
         scripts: Scripts | None,
+        suspects: set[str],
     ) -> None:
         self._config = config
         self._doveadm = doveadm
@@ -113,6 +116,8 @@ class Runner:
         self._released = released
         self._states = states
         self._scripts = scripts
+        self._suspects = suspects
+        self.renumbered = 0
         self._slots = [
             _Slot(config.files.run / f"slot-{number}") for number in range(config.sync.parallel)
         ]
@@ -137,7 +142,7 @@ class Runner:
             outcome, words = Outcome.PUT_OFF, str(error)
         finally:
             self._slots.append(slot)
-        return Result(outcome, time.monotonic() - began, traffic.bytes, words)
+        return Result(outcome, time.monotonic() - began, traffic.size, words)
 
     async def _run(self, job: Job, slot: _Slot, traffic: Traffic) -> tuple[Outcome, str]:
         if not await self._begin(job.user):
@@ -146,17 +151,24 @@ class Runner:
             deleted = dict(self._states.of(job.user).deleted)
             sync, state = self._config.sync, "" if job.full else self._states.of(job.user).sync
             seconds = sync.silence if state else sync.silence_full
-            grant = await self._peer.open_run(job.user, seconds, deleted)
+            grant = await self._peer.open_run(
+                job.user, seconds, deleted, suspect=job.user in self._suspects
+            )
             try:
                 self._turns.granted(job.user)
                 await self._delete_scripts(job.user, {**deleted, **grant.deleted})
+                if grant.repair is not None:
+                    await self._repair(job.user, grant.repair, grant)
+                    state, seconds = "", sync.silence_full
                 traffic.count(0)
+                self._suspects.add(job.user)
                 carrier = _Carrier(slot, grant, traffic, seconds)
                 reply = await carrier.sync(self._doveadm, job.user, state)
                 if reply is None:
                     return Outcome.STALLED, f"nothing moved for {seconds:g} s"
                 return self._judge(job, reply, deleted, state, traffic)
             finally:
+                self._peer.tell_end(grant, well=job.user not in self._suspects)
                 grant.writer.transport.abort()
         finally:
             self._turns.end(job.user)
@@ -172,12 +184,15 @@ class Runner:
         traffic: Traffic,
     ) -> tuple[Outcome, str]:
         if reply.code == "CHANGED":
+            self._suspects.discard(job.user)
             return Outcome.CHANGED, ""
         if reply.code == "NOUSER":
+            self._suspects.discard(job.user)
             # Where the peer's dsync was reached, it is the peer that does not know the user.
-            return (Outcome.UNKNOWN if traffic.bytes else Outcome.GONE), reply.log
+            return (Outcome.UNKNOWN if traffic.size else Outcome.GONE), reply.log
         if reply.code:
             return Outcome.FAILED, reply.log or f"doveadm says {reply.code}; see Dovecot's log"
+        self._suspects.discard(job.user)
         state = self._states.of(job.user)
         state.sync = reply.values[0]
         if not began_with:
@@ -187,6 +202,20 @@ class Runner:
                 del state.deleted[name]
         self._states.save(job.user, sync=bool(deleted))
         return Outcome.OK, ""
+
+    async def _repair(self, user: str, theirs: Mapping[str, int], grant: Grant) -> None:
+        after = repair.latest(repair.common(self._states.of(user).sync), theirs)
+        await send(grant.writer, {"after": after})
+        mine = await repair.look(self._doveadm, user, after)
+        answer = await receive(grant.reader, _REPAIR_SECONDS)
+        other = {
+            folder: [(int(uid), str(guid)) for uid, guid in mails]
+            for folder, mails in dict(answer["mails"]).items()
+        }
+        await send(grant.writer, {"renumber": repair.holes(other, mine.mails)})
+        count = await repair.renumber(self._doveadm, user, mine, repair.holes(mine.mails, other))
+        self.renumbered += count
+        await receive(grant.reader, _REPAIR_SECONDS)
 
     async def _begin(self, user: str) -> bool:
         with contextlib.suppress(TimeoutError):

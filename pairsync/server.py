@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from pairsync.config import Config
 from pairsync.doveadm import Doveadm, DovecotError
@@ -24,6 +24,7 @@ from pairsync.link import (
 )
 from pairsync.peer import without_delay
 from pairsync.relay import Traffic, relay, silence
+from pairsync.repair import Common, look, renumber
 from pairsync.schedule import Turns
 from pairsync.sieve import ScriptError
 
@@ -31,9 +32,24 @@ _GREETING_SECONDS = 5.0
 _TURN_SECONDS = 2.0
 _STRANGERS = 16
 _SLACK_SECONDS = 2.0
+_WORD_SECONDS = 1.0
+_REPAIR_SECONDS = 60.0
 
 Deletions = Callable[[str, Mapping[str, float]], Awaitable[Mapping[str, float]]]
 """(user, deleted there) -> deleted here; those of the peer are carried out before it returns."""
+
+
+class Guests(Protocol):
+    """Notes the peer's runs, and whether they ended well."""
+
+    def came(self, user: str) -> bool:
+        """A run begins. Whether mails may have been left out by an earlier one."""
+
+    def common(self, user: str) -> Common:
+        """What both had after the last good run that this server knows of."""
+
+    def left(self, user: str, *, well: bool) -> None:
+        """The run has ended."""
 
 
 class Server:
@@ -52,6 +68,7 @@ class Server:
         turns: Turns,
         released: asyncio.Condition,
         deletions: Deletions,
+        guests: Guests,
     ) -> None:
         self._config = config
         self._tls = tls
@@ -61,6 +78,8 @@ class Server:
         self._turns = turns
         self._released = released
         self._deletions = deletions
+        self._guests = guests
+        self._words: dict[str, asyncio.Future[bool]] = {}
         self._strangers = 0
         self._runs: dict[asyncio.Task[None], str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -138,8 +157,13 @@ class Server:
     async def _answer_heartbeats(self, reader: Reader, writer: Writer) -> None:
         while True:
             self._heard = time.monotonic()
-            ping = await receive(reader, self._config.heartbeat.lost_after * 2)
-            await send(writer, {"pong": ping.get("ping")})
+            said = await receive(reader, self._config.heartbeat.lost_after * 2)
+            if "ended" in said:
+                word = self._words.get(str(said["ended"]))
+                if word is not None and not word.done():
+                    word.set_result(bool(said["well"]))
+            else:
+                await send(writer, {"pong": said.get("ping")})
 
     async def _run(self, reader: Reader, writer: Writer, request: Mapping[str, Any]) -> None:
         user = str(request["user"])
@@ -149,11 +173,15 @@ class Server:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101
         self._runs[task] = user
+        run = str(request["run"])
+        self._words[run] = asyncio.get_running_loop().create_future()
         try:
             deleted = {str(k): float(v) for k, v in dict(request["deleted"]).items()}
-            await self._carry(reader, writer, user, float(request["silence"]), deleted)
+            suspect = self._guests.came(user) or bool(request.get("suspect"))
+            await self._carry(reader, writer, request, deleted, suspect)
         finally:
             del self._runs[task]
+            del self._words[run]
             self._turns.leave(user)
             await self._notify()
 
@@ -161,32 +189,59 @@ class Server:
         self,
         reader: Reader,
         writer: Writer,
-        user: str,
-        seconds: float,
+        request: Mapping[str, Any],
         deleted: Mapping[str, float],
+        suspect: bool,
     ) -> None:
+        user, seconds = str(request["user"]), float(request["silence"])
         local: Writer | None = None
         traffic = Traffic()
+        begun = False
         try:
             mine = await self._deletions(user, deleted)
             local_reader, local = await self._doveadm.connect()
-            await send(writer, {"go": True, "deleted": dict(mine)})
-            carrying = asyncio.create_task(relay((reader, writer), (local_reader, local), traffic))
+            if suspect:
+                await self._repair(reader, writer, user, mine)
+            else:
+                await send(writer, {"go": True, "deleted": dict(mine)})
+            begun = True
+            ours, theirs = (local_reader, local), (reader, writer)
+            carrying = asyncio.create_task(relay(ours, theirs, traffic))
             waiting = asyncio.create_task(silence(traffic, seconds + _SLACK_SECONDS))
             try:
                 await asyncio.wait((carrying, waiting), return_when=asyncio.FIRST_COMPLETED)
             finally:
-                self.bytes += traffic.bytes
+                self.bytes += traffic.size
                 for task in (carrying, waiting):
                     task.cancel()
                 await asyncio.gather(carrying, waiting, return_exceptions=True)
         except (DovecotError, ScriptError) as error:
             await send(writer, {"error": f"its Dovecot: {error}"})
         finally:
-            if local is not None and traffic.bytes:
+            self._guests.left(user, well=not begun or await self._word(request))
+            if local is not None and traffic.size:
                 local.transport.abort()
             elif local is not None:
                 self._doveadm.leave(local)
+
+    async def _word(self, request: Mapping[str, Any]) -> bool:
+        """Whether the peer says that its run ended well; no word is a no."""
+        try:
+            async with asyncio.timeout(_WORD_SECONDS):
+                return await self._words[str(request["run"])]
+        except (TimeoutError, asyncio.CancelledError):
+            return False
+
+    async def _repair(
+        self, reader: Reader, writer: Writer, user: str, deleted: Mapping[str, float]
+    ) -> None:
+        await send(writer, {"repair": self._guests.common(user), "deleted": dict(deleted)})
+        after = await receive(reader, _REPAIR_SECONDS)
+        box = await look(self._doveadm, user, after["after"])
+        await send(writer, {"mails": box.mails})
+        wanted = await receive(reader, _REPAIR_SECONDS)
+        await renumber(self._doveadm, user, box, wanted["renumber"])
+        await send(writer, {"go": True})
 
     async def _admit(self, user: str) -> bool:
         with contextlib.suppress(TimeoutError):

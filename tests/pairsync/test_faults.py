@@ -285,6 +285,23 @@ def test_the_daemon_is_killed_at_any_moment(pair: Pair) -> None:
     assert_all_there(pair, flow.sent)
 
 
+def test_runs_that_break_off_lose_no_mail(pair: Pair) -> None:
+    """dsync keeps what it has of such a run, and takes what is missing for deleted."""
+    chance = random.Random(7)
+    users = pair.fresh(6)
+    sent: dict[str, list[str]] = {user: [] for user in users}
+    for number in range(4):
+        with stream(pair.both, users, 20) as flow:
+            for _ in range(2):
+                time.sleep(chance.uniform(0.1, 0.5))
+                server = pair.both[number % 2]
+                server.kill_pairsync()
+                server.start_pairsync()
+        for user, tags in flow.sent.items():
+            sent[user] += tags
+    assert_all_there(pair, sent)
+
+
 def test_a_change_outlives_a_killed_daemon(pair: Pair, user: str) -> None:
     pair.a.kill_pairsync()
     pair.a.deliver(user, f"{user}-meanwhile")
