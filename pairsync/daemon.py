@@ -511,6 +511,7 @@ class Daemon:
                 "p99": lag.percentile(0.99),
                 "count": lag.lag_count,
             },
+            "renumbered": self._runner.renumbered,
             "refused": self._server.refused,
             "refused_last": self._server.problem,
             "markers_writable": not self._marker_problem,

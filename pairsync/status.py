@@ -119,6 +119,7 @@ def metrics(document: Mapping[str, Any], counts: Counts) -> str:
     )
     count("run_seconds_total", "Time in runs", counts.seconds)
     count("run_bytes_total", "Bytes of dsync, both directions", counts.bytes)
+    count("renumbered_total", "Mails that broken-off runs had left out", document["renumbered"])
     count("refused_total", "Connections of others than the peer", document["refused"])
     add(
         "lag_seconds",
