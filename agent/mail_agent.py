@@ -130,6 +130,9 @@ class System:
             "APT_LISTCHANGES_FRONTEND": "none",
             "NEEDRESTART_SUSPEND": "1",
             "UCF_FORCE_CONFFOLD": "1",
+            # Every unit has a file of its own; to tell the old init scripts makes systemd read
+            # all units three times over.
+            "SYSTEMCTL_SKIP_SYSV": "1",
         }
         with memory_file() as out, memory_file() as err:
             try:
@@ -1268,18 +1271,9 @@ class Services:
             Unhealthy: systemd could not.
         """
         touched = Touched()
-        states = self.states([s.unit for s in services])
+        states = self._enable([s.unit for s in services], changed)
         for service in services:
             unit, state = service.unit, states[service.unit]
-            if state["load"] == "masked":
-                self.note("unmask", unit)
-                self._systemctl("unmask", "--quiet", unit)
-                state = self.states([unit])[unit]
-            if state["enabled"] in ("disabled", ""):
-                self.note("enable", unit)
-                self._systemctl("enable", "--quiet", unit)
-            elif state["enabled"] == "enabled" and f"/etc/systemd/system/{unit}" in changed:
-                self._systemctl("reenable", "--quiet", unit)
             if state["active"] not in _RUNNING:
                 self.system.run(["systemctl", "reset-failed", unit])
                 self._act("start", unit, touched.started)
@@ -1291,6 +1285,34 @@ class Services:
                 else:
                     self._act("restart", unit, touched.restarted)
         return touched
+
+    def _enable(
+        self, units: Sequence[str], changed: Sequence[str]
+    ) -> Mapping[str, Mapping[str, str]]:
+        """Have systemd start ``units`` at boot. Returns their states.
+
+        All at once: systemd reads every unit again after each change of what is enabled.
+        """
+        states = self.states(units)
+        masked = [unit for unit in units if states[unit]["load"] == "masked"]
+        for unit in masked:
+            self.note("unmask", unit)
+            self._systemctl("unmask", "--quiet", unit)
+        states |= self.states(masked)
+        fresh = [unit for unit in units if states[unit]["enabled"] in ("disabled", "")]
+        for unit in fresh:
+            self.note("enable", unit)
+        again = [
+            unit
+            for unit in units
+            if states[unit]["enabled"] == "enabled" and f"/etc/systemd/system/{unit}" in changed
+        ]
+        for verb, named in (("enable", fresh), ("reenable", again)):
+            if named:
+                self._systemctl(verb, "--quiet", "--no-reload", *named)
+        if fresh or again:
+            self._systemctl("daemon-reload")
+        return states
 
     def _act(self, verb: str, unit: str, acted: list[str]) -> None:
         self.say(f"{verb} {unit}")

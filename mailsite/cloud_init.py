@@ -7,6 +7,8 @@ documents are YAML in its JSON form (https://yaml.org/spec/1.2.2/, section 1.3).
 
 from __future__ import annotations
 
+import base64
+import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -118,15 +120,17 @@ def user_data(host: Host, deploy_public_key: str, host_key: str, host_public_key
                 }
             ],
             "write_files": [
-                _file(AGENT, agent_file("mail_agent.py"), "0755"),
+                _packed(AGENT, agent_file("mail_agent.py"), "0755"),
                 _file("/usr/local/sbin/mail-data", _DATA_SCRIPT, "0755"),
                 _file(f"{_UNITS}/mail-data.service", _DATA_UNIT, "0644"),
                 _file(f"{_UNITS}/mail-agent-recover.service", recover, "0644"),
             ],
+            # The keys are known to whoever made the machine: nobody reads them on its console.
+            "no_ssh_fingerprints": True,
+            "ssh": {"emit_keys_to_console": False},
             "runcmd": [
-                ["systemctl", "daemon-reload"],
-                ["systemctl", "enable", "mail-agent-recover.service"],
-                ["systemctl", "enable", "--now", "mail-data.service"],
+                ["systemctl", "enable", "mail-agent-recover.service", "mail-data.service"],
+                ["systemctl", "start", "mail-data.service"],
             ],
         }
     )
@@ -198,6 +202,12 @@ def _ethernet(platform: Platform, host: Host, leg: Interface, *, first: bool) ->
 
 def _file(path: str, content: str, mode: str) -> dict[str, str]:
     return {"path": path, "owner": "root:root", "permissions": mode, "content": content}
+
+
+def _packed(path: str, content: str, mode: str) -> dict[str, str]:
+    """A long file, packed: the state keeps the text of every machine, and is written often."""
+    packed = base64.b64encode(gzip.compress(content.encode(), mtime=0)).decode()
+    return {**_file(path, packed, mode), "encoding": "gz+b64"}
 
 
 def _json(document: dict[str, Any]) -> str:

@@ -148,6 +148,10 @@ ln -sf ../run/systemd/resolve/stub-resolv.conf /etc/resolv.conf
 systemctl enable systemd-networkd.service systemd-resolved.service
 systemctl disable cloud-init-hotplugd.socket sshd-keygen.service
 systemctl mask {" ".join(_TRIMMED)}
+# None of the internet's authorities is in the world outside, and to list them anew beside the
+# rehearsal's own takes seconds on each machine.
+sed -i 's/^mozilla/!mozilla/' /etc/ca-certificates.conf
+update-ca-certificates --fresh >/dev/null
 mkdir -p /var/log/journal
 rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/log/apt /var/log/dpkg.log
 """

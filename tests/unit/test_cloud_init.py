@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import subprocess
 from ipaddress import ip_address, ip_interface, ip_network
 from pathlib import Path
@@ -145,7 +147,10 @@ def test_the_agent_and_its_recovery_come_from_this_checkout() -> None:
         f["path"]: f for f in user_data(PLATFORMS[0].hosts["out1.hosts.example.org"])["write_files"]
     }
     agent = Path(__file__).parents[2] / "agent"
-    assert files[cloud_init.AGENT]["content"] == (agent / "mail_agent.py").read_text()
+    packed = files[cloud_init.AGENT]
+    assert packed["encoding"] == "gz+b64"
+    content = gzip.decompress(base64.b64decode(packed["content"])).decode()
+    assert content == (agent / "mail_agent.py").read_text()
     assert files[cloud_init.AGENT]["permissions"] == "0755"
     unit = files["/etc/systemd/system/mail-agent-recover.service"]
     assert unit["content"] == (agent / "mail-agent-recover.service").read_text()
