@@ -129,8 +129,9 @@ def an_alias_is_added(ctx: Context) -> str:
             told = stream.judged()
             changed = {kind: n for kind, n in summary.items() if kind != "same" and n}
             expect(
-                changed == {"update": len(exchangers)},
-                f"the engine reports {changed}, not {len(exchangers)} updates",
+                changed == {"update": 2 * len(exchangers)},
+                f"the engine reports {changed}, not a push and its confirmation for each of"
+                f" {len(exchangers)} hosts",
             )
             _expect_tables_alone(machines, before, after, exchangers)
             _expect_one_at_a_time(ctx, exchangers, started)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from mailsite.model import Host, Role
-from verify import addresses, smtp_in
-from verify.context import Context
+from verify import addresses, runner, smtp_in
+from verify.checks import checks
+from verify.context import Context, eventually, expect
 from verify.lab import Entry, Lab
+from verify.report import Status
 
 from .faults import changed_by_hand, changed_zone, edit, entry, expect_green, expect_red, setting
 
@@ -16,6 +18,11 @@ MAIN = "/etc/postfix/main.cf"
 MASTER = "/etc/postfix/master.cf"
 VIRTUAL = "/etc/postfix/virtual"
 BUILD = ("postmap", f"lmdb:{VIRTUAL}")
+
+
+def _expect_passes(context: Context, identifier: str) -> None:
+    result = runner.make(checks[identifier], context)
+    expect(result.status is Status.PASS, f"{identifier}: {result.observed}")
 
 
 @pytest.fixture
@@ -30,14 +37,15 @@ def test_a_member_with_another_certificate_turns_in_1_red(
     for _, chain, key in lab.wrong_certificates(name):
         with lab.machine(member).presenting(chain, key):
             expect_red(platform_up, "IN-1", f"(?i)mismatch|self-signed|not valid for '{name}'")
-    expect_green(platform_up, "IN-1")
+    # A process that serves somebody goes on with what it has read.
+    eventually(lambda: _expect_passes(platform_up, "IN-1"), seconds=10)
 
 
 def test_tls_for_everyone_turns_in_1_red(platform_up: Context, member: Host) -> None:
     with changed_by_hand(
         platform_up, member, setting("smtpd_tls_security_level=encrypt"), restart=POSTFIX
     ):
-        expect_red(platform_up, "IN-1", "without TLS, mail to .* is answered with 530")
+        expect_red(platform_up, "IN-1", "530 5.7.0 Must issue a STARTTLS command first")
 
 
 def test_an_address_that_leads_elsewhere_turns_in_2_red(platform_up: Context, member: Host) -> None:
@@ -209,7 +217,7 @@ def test_postfix_restarted_for_an_alias_turns_change_2_red(
         if site is None:
             return real(self)
         self.machine(member).run("systemctl", "restart", POSTFIX)
-        return {"same": 1, "update": len(platform_up.platform.members(Role.SMTP_IN))}
+        return {"same": 1, "update": 2 * len(platform_up.platform.members(Role.SMTP_IN))}
 
     monkeypatch.setattr(Lab, "up", up)
     expect_red(platform_up, "CHANGE-2", f"{member.name}.*postfix|connections failed")
