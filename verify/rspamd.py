@@ -355,7 +355,7 @@ def _passages(ctx: Context, what: str) -> list[float]:
             took = time.monotonic() - began
         expect(code == 250, f"{member.name}, {what}: a mail is answered with {code} {text}")
         expect(took <= PATIENCE, f"{member.name}, {what}: a mail waited {took:.1f} s")
-        lab.world.arrival("generic", mail.recipient, PROMPT)
+        lab.world.arrival("generic", mail.recipient, 60.0, poke=lab.machine(member).hurry)
         return took
 
     ways: list[Callable[[], float]] = [
