@@ -175,9 +175,9 @@ def _secrets(config: pulumi.Config) -> Mapping[str, pulumi.Output[str]]:
                 f"mail:secrets: {name} is no Dovecot hash; write the output of:"
                 " doveadm pw -s BLF-CRYPT"
             )
-        if _WORD.fullmatch(name) and not re.fullmatch(r"[A-Za-z0-9]{16,64}", value):
+        if _WORD.fullmatch(name) and not re.fullmatch(r"[A-Za-z0-9]{32,64}", value):
             raise SettingsError(
-                f"mail:secrets: {name} is no word of 16 to 64 letters and digits; write the output"
+                f"mail:secrets: {name} is no word of 32 to 64 letters and digits; write the output"
                 " of: openssl rand -hex 24"
             )
     return {name: pulumi.Output.secret(value) for name, value in found.items()}

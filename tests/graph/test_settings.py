@@ -137,6 +137,8 @@ def test_up_without_any_key_to_log_in_with_is_refused(monkeypatch: pytest.Monkey
         ({"secrets": {"dkim/example.org": MARK}}, "'dkim/example.org' is no secret"),
         ({"secrets": {"sasl/alice": MARK}}, "sasl/alice is no Dovecot hash"),
         ({"secrets": {"sasl/alice": ""}}, "sasl/alice is no text"),
+        ({"secrets": {"srs/srs1": MARK}}, "srs/srs1 is no word of 32 to 64 letters"),
+        ({"secrets": {"redis/password": f"{MARK} with spaces"}}, "redis/password is no word"),
         ({"certificates": {"submission.example.org": {"key": MARK}}}, "'chain' and 'key'"),
         (
             {"certificates": {"submission.example.org": {"key": MARK, "chain": MARK}}},
