@@ -18,6 +18,7 @@ from mailsite.bundle import ROLES, compose, compose_secrets
 from mailsite.fragment import File
 from mailsite.loader import load_platform
 from mailsite.model import Host, Platform, World
+from mailsite.rspamd_password import SALT_BYTES, password_hash
 from mailsite.secrets import required
 from rehearsal import image as layers
 from rehearsal.progress import Progress, RehearsalError
@@ -25,10 +26,8 @@ from tests.render.image import Image
 
 SITES = Path(__file__).resolve().parents[2] / "sites"
 PASSWORD_HASH = "{BLF-CRYPT}$2b$04$abcdefghijklmnopqrstuuTg4oQ0dzZrmuQmMFjCGpjKxUzWHGxS6"
-#: Of the password "invented".
-CONTROLLER_HASH = (
-    "$2$n7cssd3qq1jqc5cnneeuhwny8d179yhm$yty1ibde9966z6eiiatbhyyhr4a56adft7in58jcqtpmusbysx7b"
-)
+#: Of the password "invented", as the platform makes it.
+CONTROLLER_HASH = password_hash("invented", bytes(range(SALT_BYTES)))
 
 
 @pytest.fixture(scope="session")
