@@ -22,6 +22,7 @@ from pairsync.peer import Peer
 from pairsync.runner import Result, Runner
 from pairsync.schedule import FAILURES, Job, Outcome, Queue, Turns
 from pairsync.server import Server
+from pairsync.settle import Unsettled
 from pairsync.sieve import Scripts
 from pairsync.state import States, read_document, write_document
 
@@ -118,6 +119,7 @@ class Daemon:
         self._marker_problem = ""
         self._dovecot_problem = ""
         self._unflushed = False
+        self._unsettled = Unsettled()
 
     async def run(self) -> None:
         """Work until SIGTERM or SIGINT."""
@@ -207,6 +209,7 @@ class Daemon:
 
     def left(self, user: str, *, well: bool) -> None:
         try:
+            self._unsettled.guest(user, time.monotonic())
             if well:
                 self._suspects.discard(user)
                 self._markers.left(user)
@@ -318,6 +321,9 @@ class Daemon:
         elif outcome in (Outcome.OK, Outcome.GONE):
             self._words.pop(user, None)
         self._count_for_pass(job, outcome)
+        if outcome in (Outcome.OK, Outcome.CHANGED):
+            changed = outcome is Outcome.CHANGED
+            self._unsettled.ran(user, time.monotonic(), full=job.full, changed=changed)
         if outcome is Outcome.OK or outcome is Outcome.GONE or outcome in FAILURES:
             for future in self._asked.pop(user, []) if job.full or outcome in FAILURES else []:
                 if not future.done():
@@ -432,6 +438,9 @@ class Daemon:
             if self._unflushed and self._dirty:
                 self._unflushed = False
                 await asyncio.to_thread(self._flush)
+            if self._peer.up:
+                for user in self._unsettled.due(time.monotonic()):
+                    self._queue.settle(user, time.monotonic())
             self._write_metrics()
             self._wake.set()
             await asyncio.sleep(_TICK_SECONDS)
@@ -511,6 +520,7 @@ class Daemon:
                 "p99": lag.percentile(0.99),
                 "count": lag.lag_count,
             },
+            "unsettled": len(self._unsettled),
             "renumbered": self._runner.renumbered,
             "refused": self._server.refused,
             "refused_last": self._server.problem,

@@ -125,6 +125,10 @@ class Queue:
         else:
             entry.full = True
 
+    def settle(self, user: str, now: float) -> None:
+        """A full run for the user, with the next that is due or else now."""
+        self._waiting.setdefault(user, _Entry(due=now, cap=now)).full = True
+
     def ask(self, user: str, now: float) -> None:
         """A full run for the user as soon as possible."""
         entry = self._waiting.setdefault(user, _Entry(due=now, cap=now))

@@ -105,6 +105,7 @@ def metrics(document: Mapping[str, Any], counts: Counts) -> str:
     one("oldest_dirty_seconds", "Age of the oldest such change", document["oldest"]["seconds"])
     one("waiting_users", "Users in the queue", document["waiting"])
     one("background_users", "Users that wait for a full run in a pass", document["background"])
+    one("unsettled_users", "Written on both servers, before a full run", document["unsettled"])
     one("running", "Runs that this server began and that are on", document["running"])
     one("running_of_peer", "Runs that the peer began and that are on", document["running_peer"])
     one("failing_users", "Users whose last run failed", len(document["failing"]))

@@ -44,6 +44,7 @@ def pair(the_pair: Pair, request: pytest.FixtureRequest) -> Iterator[Pair]:
     yield the_pair
     if request.session.testsfailed:
         for server in the_pair.both:
+            print(server.run("pairsync", "status", check=False))
             print(f"--- {server.name}\n{server.pairsync_log()[-3000:]}")
             print(server.shell("tail -n 30 /var/log/dovecot.log", check=False))
     the_pair.mend()

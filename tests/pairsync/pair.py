@@ -35,6 +35,7 @@ ADDRESSES = ("10.99.0.1", "10.99.0.2")
 PASSWORD = "invented"
 SECRET = "invented-for-the-tests-0123456789abcdef"
 VMAIL = 5000
+_LOOPBACK = "127.0.0.1"  # its own address goes with the cable
 _CLONE_NEWNET = 0x40000000
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -304,7 +305,7 @@ class Server:
     def listens(self, port: int) -> bool:
         try:
             with self.inside():
-                socket.create_connection((self.address, port), timeout=1).close()
+                socket.create_connection((_LOOPBACK, port), timeout=1).close()
         except OSError:
             return False
         return True
@@ -322,14 +323,14 @@ class Server:
 
     def imap(self, user: str) -> imaplib.IMAP4:
         with self.inside():
-            client = imaplib.IMAP4(self.address, 143, timeout=30)
+            client = imaplib.IMAP4(_LOOPBACK, 143, timeout=30)
         client.login(user, PASSWORD)
         return client
 
     def deliver(self, user: str, tag: str, size: int = 100) -> None:
         """One mail by LMTP; it is accepted when this returns."""
         with self.inside():
-            client = smtplib.LMTP(self.address, 24, timeout=30)
+            client = smtplib.LMTP(_LOOPBACK, 24, timeout=30)
         text = f"From: x@example.org\r\nSubject: {tag}\r\nMessage-ID: <{tag}@x>\r\n\r\n"
         with client:
             refused = client.sendmail("x@example.org", [user], text + "x" * size + "\r\n")
@@ -338,7 +339,7 @@ class Server:
     def sieve(self, user: str, *commands: str) -> None:
         """ManageSieve commands, each of which must succeed."""
         with self.inside():
-            connection = socket.create_connection((self.address, 4190), timeout=30)
+            connection = socket.create_connection((_LOOPBACK, 4190), timeout=30)
         with connection, connection.makefile("rb") as answers:
             token = subprocess.run(
                 ["base64", "-w0"], input=f"\0{user}\0{PASSWORD}".encode(), capture_output=True
@@ -519,7 +520,7 @@ class Pair:
         return all(
             f
             and f["peer"]["up"]
-            and not f["dirty"] + f["waiting"] + f["running"] + f["background"]
+            and not f["unsettled"] + f["dirty"] + f["waiting"] + f["running"] + f["background"]
             and not f["pass"]
             for f in found
         )
@@ -595,8 +596,14 @@ def _scripts(said: str) -> dict[str, bool]:
 
 
 def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
-    lines = []
-    for part in one:
-        if one[part] != other[part]:
-            lines.append(f"{part}: {one[part]}\n   against {other[part]}")
+    lines = [
+        f"{part}: {one[part]} against {other[part]}"
+        for part in ("subscribed", "scripts")
+        if one[part] != other[part]
+    ]
+    for name in sorted({*one["folders"], *other["folders"]}):
+        mails = [set(side["folders"].get(name, ())) for side in (one, other)]
+        if mails[0] != mails[1] or (name in one["folders"]) != (name in other["folders"]):
+            lines.append(f"{name}: {sorted(mails[0] - mails[1])} against")
+            lines.append(f"    {sorted(mails[1] - mails[0])}")
     return "\n".join(lines)[:3000]
