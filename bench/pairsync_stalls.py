@@ -5,7 +5,8 @@
 Both servers get mails and flags for the same users all the time. First as pairsync does it: the
 daemons at work. Then without the daemons: on each server every user is synchronised again and
 again over ``tcps:``, Dovecot's own TLS, with the same time limit. A run is stalled when dsync
-sent nothing for that long. (dovecot24 research: 7 in some 1,500 runs over tcps.)
+sent nothing for that long. Measured on two busy cores: none in 1,545 runs over the relay, none in
+1,533 over tcps (an earlier prototype saw 7 in some 1,500 over tcps).
 """
 
 from __future__ import annotations
