@@ -2,7 +2,7 @@
 
 dsync commits what it has of a run that breaks off, and it carries mails in no order. So a mail
 can be missing on one server below others that both have, and the next run, a full one too, takes
-it for deleted there and deletes it everywhere (Dovecot 2.4.1; tests/pairsync/test_broken_runs.py
+it for deleted there and deletes it everywhere (Dovecot 2.4.1; tests/pairsync/test_faults.py
 shows it). Before that run such mails get a new UID at the end of their folder, where dsync takes
 them for new.
 
