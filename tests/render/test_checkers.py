@@ -175,7 +175,7 @@ IN_FAULTS = (
 RSPAMD_FAULTS = (
     Fault("rspamd", "/etc/rspamd/local.d/actions.conf", "reject = ", "reject = {", "actions.conf"),
     Fault(
-        "rspamd-password", rspamd.CONTROLLER, '\npassword = "$2$', '\npassword = "$2$"; #', "hashes"
+        "rspamd-password", rspamd.CONTROLLER, '\npassword = "$1$', '\npassword = "$1$"; #', "hashes"
     ),
     Fault("redis", "/etc/redis/redis.conf", "tcp-keepalive", "tcp-keepalife", "redis.conf"),
     Fault("redis", "/etc/redis/sentinel.conf", "down-after", "down-before", "sentinel.conf"),

@@ -52,8 +52,14 @@ def test_postfix_settings_in_force(image: Image, case: Case) -> None:
         "header_size_limit": str(case.platform.outbound.header_size_limit),
     }
     assert {key: found[key] for key in expected} == expected
-    milter = "{ inet:127.0.0.1:8891, default_action=tempfail, connect_timeout=5s }"
-    assert found["smtpd_milters"] == found["non_smtpd_milters"] == milter
+    signer = "{ inet:127.0.0.1:8891, default_action=tempfail, connect_timeout=5s }"
+    spam_filter = (
+        "{ inet:127.0.0.1:11332, default_action=accept, connect_timeout=1s,"
+        " command_timeout=4s, content_timeout=4s }"
+    )
+    assert found["smtpd_milters"] == f"{spam_filter} {signer}"
+    # A bounce is signed, and not judged.
+    assert found["non_smtpd_milters"] == signer
 
 
 def test_only_submission_is_served(image: Image) -> None:
