@@ -8,6 +8,7 @@ from pulumi_command import Provider
 from components import secrets as given
 from components.host import Access, ClusterArgs, Fleet
 from components.mail_dns import MailDns, MailDnsArgs, ZoneData, unpublished
+from components.maildrop import MaildropPair
 from components.nginx_streams import NginxStreams
 from components.operator import clear_errors
 from components.retired_hosts import RetiredHosts
@@ -54,17 +55,19 @@ policy = dns(Stage.POLICY, after=[])
 # nothing waits for it but the MX.
 rspamd = RspamdCluster("rspamd", cluster(after=names.done))
 
-# A user submits to a frontend, which passes the stream on to smtp-out, which signs and delivers.
-# A frontend is healthy only if a member answers through it, so the members come first.
+# A user submits to a frontend, which passes the stream on to smtp-out, which signs and delivers,
+# and reads mail through one, at a replica of the mailboxes. A frontend is healthy only if they
+# answer through it, so they come first.
 smtp_out = SmtpOutCluster("smtp-out", cluster(after=[*names.done, *policy.done]))
-frontends = NginxStreams("nginx-streams", cluster(after=smtp_out.done))
+maildrop = MaildropPair("maildrop", cluster(after=names.done))
+frontends = NginxStreams("nginx-streams", cluster(after=[*smtp_out.done, *maildrop.done]))
 
 # Other people's servers bring mail to smtp-in, which forwards it or leads it to the mailboxes.
 smtp_in = SmtpInCluster("smtp-in", cluster(after=[*names.done, *policy.done]))
 
 # The public names of the services lead somewhere only once there is somebody to answer; last of
 # all the mail of the domains is led here.
-everyone = [*rspamd.done, *smtp_out.done, *frontends.done, *smtp_in.done]
+everyone = [*rspamd.done, *smtp_out.done, *maildrop.done, *frontends.done, *smtp_in.done]
 services = dns(Stage.SERVICE, after=everyone)
 dns(Stage.MX, after=[*everyone, *services.done])
 
@@ -73,4 +76,5 @@ RetiredHosts("retired-hosts", cluster(after=[*everyone, *services.done]))
 
 pulumi.export("zones", zone_data.text)
 pulumi.export("reverse_zones", ptr_text(platform))
-pulumi.export("sasl_passwords", pulumi.Output.secret(secrets.passwords))
+pulumi.export("sasl_passwords", pulumi.Output.secret(secrets.sasl_passwords))
+pulumi.export("mailbox_passwords", pulumi.Output.secret(secrets.mailbox_passwords))

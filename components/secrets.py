@@ -52,7 +52,9 @@ class SecretStore(pulumi.ComponentResource):
         super().__init__("mail:index:SecretStore", name, {}, opts)
         self._private: dict[str, pulumi.Output[str]] = {}
         self._public: dict[str, pulumi.Output[str]] = {}
-        self.passwords: dict[str, pulumi.Output[str]] = {}
+        #: Those that were generated, for whoever is to log in.
+        self.sasl_passwords: dict[str, pulumi.Output[str]] = {}
+        self.mailbox_passwords: dict[str, pulumi.Output[str]] = {}
         child = pulumi.ResourceOptions(parent=self)
 
         for domain, key in dkim_keys(args.platform):
@@ -71,15 +73,17 @@ class SecretStore(pulumi.ComponentResource):
                 pair = tls.PrivateKey(f"{host}-ssh-host-key", algorithm="ED25519", opts=child)
                 self._put(secret, pair.private_key_openssh, pair.public_key_openssh)
         for user in args.platform.sasl_users.values():
-            secret = secret_names.sasl_hash(user.name)
-            if user.password_hash is not None:
-                self._put(secret, pulumi.Output.from_input(user.password_hash))
-            elif not self._take(args.given, secret):
-                password = random.RandomPassword(
-                    f"sasl-{user.name}", length=_PASSWORD_LENGTH, special=False, opts=child
-                )
-                self._put(secret, password.bcrypt_hash.apply(lambda h: "{BLF-CRYPT}" + h))
-                self.passwords[user.name] = pulumi.Output.secret(password.result)
+            generated = self._login(
+                secret_names.sasl_hash(user.name), user.password_hash, args.given, child
+            )
+            if generated is not None:
+                self.sasl_passwords[user.name] = generated
+        for mailbox in args.platform.mailboxes.values():
+            generated = self._login(
+                secret_names.mailbox_hash(mailbox.name), mailbox.password_hash, args.given, child
+            )
+            if generated is not None:
+                self.mailbox_passwords[mailbox.name] = generated
         for secret in args.needed:
             if secret in self._private or self._take(args.given, secret):
                 continue
@@ -107,6 +111,25 @@ class SecretStore(pulumi.ComponentResource):
     def public(self, name: str) -> pulumi.Output[str]:
         """The public half of a key pair: PEM of a DKIM key, OpenSSH line of a host key."""
         return self._public[name]
+
+    def _login(
+        self,
+        secret: str,
+        known: str | None,
+        given: Mapping[str, pulumi.Output[str]],
+        child: pulumi.ResourceOptions,
+    ) -> pulumi.Output[str] | None:
+        """Put the hash that ``secret`` names. Returns the password where it is generated here."""
+        if known is not None:
+            self._put(secret, pulumi.Output.from_input(known))
+            return None
+        if self._take(given, secret):
+            return None
+        password = random.RandomPassword(
+            secret.replace("/", "-"), length=_PASSWORD_LENGTH, special=False, opts=child
+        )
+        self._put(secret, password.bcrypt_hash.apply(lambda h: "{BLF-CRYPT}" + h))
+        return pulumi.Output.secret(password.result)
 
     def _controller_hash(
         self, given: Mapping[str, pulumi.Output[str]], child: pulumi.ResourceOptions

@@ -20,11 +20,11 @@ from mailsite.model import Platform
 
 _ZONE_ID = re.compile(r"[0-9a-f]{32}")
 _SECRET_NAME = re.compile(
-    r"(dkim/[^/]+/[^/]+|sasl/[^/]+|ssh-host-key/[^/]+|srs/[^/]+|redis/password"
-    r"|rspamd/controller-password)"
+    r"(dkim/[^/]+/[^/]+|(sasl|mailbox)/[^/]+|ssh-host-key/[^/]+|srs/[^/]+|redis/password"
+    r"|rspamd/controller-password|pairsync/secret)"
 )
 #: Those that go into configuration files as they are.
-_WORD = re.compile(r"(srs/.*|redis/password|rspamd/controller-password)")
+_WORD = re.compile(r"(srs/.*|redis/password|rspamd/controller-password|pairsync/secret)")
 _SECRET_KEYS = ("secrets", "certificates", "deployKey")
 _CERTIFICATE_PARTS = {
     "chain": secret_names.certificate_chain,
@@ -165,12 +165,13 @@ def _secrets(config: pulumi.Config) -> Mapping[str, pulumi.Output[str]]:
         if not _SECRET_NAME.fullmatch(name):
             raise SettingsError(
                 f"mail:secrets: {name!r} is no secret of the platform; write"
-                " 'dkim/<domain>/<selector>', 'sasl/<user>', 'ssh-host-key/<host>', 'srs/<key>',"
-                " 'redis/password' or 'rspamd/controller-password'"
+                " 'dkim/<domain>/<selector>', 'sasl/<user>', 'mailbox/<name>', 'srs/<key>',"
+                " 'ssh-host-key/<host>', 'redis/password', 'rspamd/controller-password' or"
+                " 'pairsync/secret'"
             )
         if not isinstance(value, str) or not value.strip():
             raise SettingsError(f"mail:secrets: {name} is no text; set it with --secret --path")
-        if name.startswith("sasl/") and not value.startswith("{"):
+        if name.startswith(("sasl/", "mailbox/")) and not value.startswith("{"):
             raise SettingsError(
                 f"mail:secrets: {name} is no Dovecot hash; write the output of:"
                 " doveadm pw -s BLF-CRYPT"

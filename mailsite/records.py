@@ -45,10 +45,6 @@ TTL_MX = 86400
 MX_PREFERENCE = 10
 MX_STEP = 10
 
-#: Whether the mailboxes are in service: their records, the streams that lead to them, and the
-#: logins of their owners on submission.
-MAILDROP_PUBLISHED = False
-
 _SPF_TERM = re.compile(
     r"[+?~-]?(?:include:\S+|a|a[:/]\S+|mx|mx[:/]\S+|ptr|ptr:\S+|ip4:\S+|ip6:\S+|exists:\S+)"
     r"|(?:exp|redirect)=\S+",
@@ -393,31 +389,22 @@ def dkim_record(
 # -- the whole ---------------------------------------------------------------------------------
 
 
-def static_records(
-    platform: Platform, *, maildrop: bool = MAILDROP_PUBLISHED
-) -> tuple[Record, ...]:
-    """Every record but the DKIM keys, in reading order. Checked by :func:`check`.
-
-    ``maildrop``: with those that lead to the mailboxes.
-    """
+def static_records(platform: Platform) -> tuple[Record, ...]:
+    """Every record but the DKIM keys, in reading order. Checked by :func:`check`."""
     zone_map = ZoneMap(platform)
     found = (
         *_host_records(platform, zone_map),
         *_policy_records(platform, zone_map),
         *_service_records(platform, zone_map),
         *_inbound_records(platform, zone_map),
-        *(_maildrop_records(platform, zone_map) if maildrop else ()),
+        *_maildrop_records(platform, zone_map),
     )
     check(found)
     return found
 
 
-def records(
-    platform: Platform, dkim_public: Mapping[str, str], *, maildrop: bool = MAILDROP_PUBLISHED
-) -> tuple[Record, ...]:
+def records(platform: Platform, dkim_public: Mapping[str, str]) -> tuple[Record, ...]:
     """Every record of the platform. ``dkim_public``: ``domain/selector`` -> public key.
-
-    ``maildrop``: with those that lead to the mailboxes.
 
     Raises:
         RecordError: a key is missing, or the records contradict each other.
@@ -429,7 +416,7 @@ def records(
         if label not in dkim_public:
             raise RecordError(f"no public key given for DKIM key {label!r}")
         keys.append(dkim_record(platform, domain, key, dkim_public[label], zone_map))
-    found = (*static_records(platform, maildrop=maildrop), *keys)
+    found = (*static_records(platform), *keys)
     check(found)
     return found
 

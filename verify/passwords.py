@@ -1,7 +1,7 @@
-"""Throwaway passwords of a rehearsal's SASL users.
+"""Throwaway passwords of a rehearsal's SASL users and mailboxes.
 
-The platform knows a SASL user by a hash alone, so a check that logs in needs the password
-itself. In a rehearsal every user gets a random one, kept in ``passwords.json`` of the state
+The platform knows a login by a hash alone, so a check that logs in needs the password itself. In
+a rehearsal every one gets a random one, kept in ``passwords.json`` of the state
 folder, which only root can read; the stack gets the hashes as given secrets. On a live platform
 the probe account's password comes from the operator.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 import bcrypt
 
 from mailsite.model import Platform
+from mailsite.secret_names import mailbox_hash, sasl_hash
 
 FILE = "passwords.json"
 
@@ -23,7 +24,7 @@ _ROUNDS = 5  # Dovecot's own default for BLF-CRYPT; the passwords are random, an
 
 
 def rehearsal_passwords(state: Path, platform: Platform) -> dict[str, str]:
-    """Give every SASL user a password that lasts as long as the rehearsal.
+    """Give every SASL user and mailbox a password that lasts as long as the rehearsal.
 
     Args:
         state: The rehearsal's state folder.
@@ -35,7 +36,9 @@ def rehearsal_passwords(state: Path, platform: Platform) -> dict[str, str]:
     """
     path = state / FILE
     known = _read(path)
-    missing = [name for name in platform.sasl_users if name not in known]
+    wanted = [sasl_hash(name) for name in platform.sasl_users]
+    wanted += [mailbox_hash(name) for name in platform.mailboxes]
+    missing = [name for name in wanted if name not in known]
     for name in missing:
         password = secrets.token_urlsafe(18)
         salt = bcrypt.gensalt(_ROUNDS)
@@ -45,7 +48,7 @@ def rehearsal_passwords(state: Path, platform: Platform) -> dict[str, str]:
         }
     if missing:
         _write(path, known)
-    return {f"sasl/{name}": known[name]["hash"] for name in platform.sasl_users}
+    return {name: known[name]["hash"] for name in wanted}
 
 
 def password_of(state: Path, user: str) -> str:
@@ -54,11 +57,24 @@ def password_of(state: Path, user: str) -> str:
     Raises:
         LookupError: The rehearsal has none for that user.
     """
+    return _password(state, sasl_hash(user))
+
+
+def mailbox_password(state: Path, mailbox: str) -> str:
+    """The password of a mailbox's owner in the rehearsal.
+
+    Raises:
+        LookupError: The rehearsal has none for that mailbox.
+    """
+    return _password(state, mailbox_hash(mailbox))
+
+
+def _password(state: Path, name: str) -> str:
     try:
-        return _read(state / FILE)[user]["password"]
+        return _read(state / FILE)[name]["password"]
     except KeyError:
         raise LookupError(
-            f"{state / FILE} has no password of {user!r}; `python -m rehearsal up` writes it"
+            f"{state / FILE} has no password of {name!r}; `python -m rehearsal up` writes it"
         ) from None
 
 

@@ -23,7 +23,7 @@ from mailsite.fragment import (
     templated,
 )
 from mailsite.model import Host, IPAddress, IPNetwork, Platform, Role
-from mailsite.records import MAILDROP_PUBLISHED, addresses_of, maildrop_exchanges, own_names
+from mailsite.records import addresses_of, maildrop_exchanges, own_names
 
 ROLE = "base"
 AGENT = "/usr/local/sbin/mail-agent"
@@ -136,12 +136,10 @@ class LocalName:
     exchanges: tuple[tuple[int, str], ...] = ()
 
 
-def internal_names(
-    platform: Platform, *, maildrop: bool = MAILDROP_PUBLISHED
-) -> tuple[LocalName, ...]:
+def internal_names(platform: Platform) -> tuple[LocalName, ...]:
     """The internal names: every host by its internal leg, every cluster by its members.
 
-    ``maildrop``: with those that mail and webmail find the mailboxes by.
+    Mail and webmail find the mailboxes by two more.
     """
     found = [
         LocalName(own.name, own.addresses)
@@ -152,7 +150,7 @@ def internal_names(
         legs = [platform.internal_leg(member) for member in platform.members(role)]
         if legs:
             found.append(LocalName(platform.internal_name(role), addresses_of(legs)))
-    if maildrop and platform.replicas:
+    if platform.replicas:
         legs = [platform.internal_leg(replica) for replica in platform.replicas]
         found += [
             LocalName(platform.webmail_backend, addresses_of(legs)),

@@ -17,7 +17,6 @@ from mailsite.fragment import (
 )
 from mailsite.loader import Problem, SiteError
 from mailsite.model import Host, IPAddress, IPNetwork, Platform, Role
-from mailsite.records import MAILDROP_PUBLISHED
 from mailsite.roles.dovecot import (
     IMAPS,
     MANAGESIEVE,
@@ -61,8 +60,8 @@ class Stream:
         return self.name.replace("-", "_")
 
 
-def streams(platform: Platform, *, maildrop: bool = MAILDROP_PUBLISHED) -> tuple[Stream, ...]:
-    """What every frontend serves. ``maildrop``: with the streams to the mailboxes."""
+def streams(platform: Platform) -> tuple[Stream, ...]:
+    """What every frontend serves."""
     outbound = Stream(
         name="smtp-out",
         port=SUBMISSION,
@@ -71,7 +70,7 @@ def streams(platform: Platform, *, maildrop: bool = MAILDROP_PUBLISHED) -> tuple
         timeout="10m",
         why="submission",
     )
-    if not maildrop or platform.maildrop is None:
+    if platform.maildrop is None:
         return (outbound,)
     replicas = platform.replicas
     return (
@@ -122,12 +121,12 @@ def _servers(platform: Platform, members: Sequence[Host], port: int) -> tuple[Se
     )
 
 
-def fragment(platform: Platform, host: Host, *, maildrop: bool = MAILDROP_PUBLISHED) -> Fragment:
-    """What makes ``host`` a frontend. ``maildrop``: with the streams to the mailboxes."""
+def fragment(platform: Platform, host: Host) -> Fragment:
+    """What makes ``host`` a frontend."""
     problems = [*_problems(platform)]
     if problems:
         raise SiteError(problems)
-    served = streams(platform, maildrop=maildrop)
+    served = streams(platform)
     source = platform.internal_leg(host).ipv4
     files = dict(
         (

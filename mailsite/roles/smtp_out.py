@@ -23,7 +23,6 @@ from mailsite.fragment import (
 )
 from mailsite.loader import Problem, SiteError
 from mailsite.model import Host, IPNetwork, MailDomain, Platform, Role, SaslUser, TlsLevel
-from mailsite.records import MAILDROP_PUBLISHED
 from mailsite.roles.base import CA_FOLDER, internal_clients
 from mailsite.roles.postfix import (
     ALIASES,
@@ -98,19 +97,18 @@ def signers(platform: Platform) -> tuple[Signer, ...]:
     return tuple(sorted(found, key=lambda signer: -signer.domain.count(".")))
 
 
-def logins(platform: Platform, *, maildrop: bool = MAILDROP_PUBLISHED) -> Mapping[str, str]:
+def logins(platform: Platform) -> Mapping[str, str]:
     """Who may log in, in alphabetical order, and the secret that holds the password's hash.
 
-    ``maildrop``: with the owners of mailboxes. No name is both, see
+    Owners of mailboxes are among them. No name is both, see
     :func:`mailsite.mailbox_rules.a_login_is_one_person_with_one_password`.
     """
     found = {u.name: sasl_hash(u.name) for u in platform.sasl_users.values() if not u.suspended}
-    if maildrop:
-        found |= {
-            box.name: mailbox_hash(box.name)
-            for box in platform.mailboxes.values()
-            if box.submission and not box.suspended
-        }
+    found |= {
+        box.name: mailbox_hash(box.name)
+        for box in platform.mailboxes.values()
+        if box.submission and not box.suspended
+    }
     return {name: found[name] for name in sorted(found)}
 
 
@@ -135,8 +133,8 @@ def proxy_sources(platform: Platform) -> tuple[IPNetwork, ...]:
     return tuple(ip_network(a) for leg in legs for a in (leg.ipv4, leg.ipv6))
 
 
-def fragment(platform: Platform, host: Host, *, maildrop: bool = MAILDROP_PUBLISHED) -> Fragment:
-    """What makes ``host`` a member of smtp-out. ``maildrop``: with the logins of mailboxes."""
+def fragment(platform: Platform, host: Host) -> Fragment:
+    """What makes ``host`` a member of smtp-out."""
     problems = [*_problems(platform, host)]
     if problems:
         raise SiteError(problems)
@@ -180,7 +178,7 @@ def fragment(platform: Platform, host: Host, *, maildrop: bool = MAILDROP_PUBLIS
             ),
         )
     )
-    users = logins(platform, maildrop=maildrop)
+    users = logins(platform)
     secret_files = {
         certificate: certificate_file(name),
         "/etc/dovecot/sasl-users": SecretFile(

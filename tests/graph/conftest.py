@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 
 from mailsite.loader import load_platform
 from mailsite.model import Platform
+from mailsite.secrets import required
 
 from .graph import MARK, ROOT, Graph, build
 
@@ -32,12 +33,14 @@ def stack_config(site: str) -> dict[str, Any]:
 def live_config(stack: str, /, **changes: Any) -> dict[str, Any]:
     """What the operator of a live platform has set, with marked secrets."""
     config = stack_config(stack)
-    names = load_platform(ROOT / config["site"]).names
+    platform = load_platform(ROOT / config["site"])
+    wanted = {name for host in platform.hosts.values() for name in required(platform, host)}
+    certified = {name.split("/")[1] for name in wanted if name.startswith("certificate/")}
     certificate = {"chain": "-----BEGIN CERTIFICATE-----", "key": f"-----BEGIN KEY----- {MARK}"}
     return config | {
         "live": "true",
         "deployKey": f"KEY {MARK}",
-        "certificates": {names.smtp_out: certificate, names.smtp_in: certificate},
+        "certificates": dict.fromkeys(certified, certificate),
         **changes,
     }
 

@@ -33,7 +33,7 @@ from .graph import (
     build,
 )
 
-CLUSTERS = (Role.RSPAMD, Role.SMTP_OUT, Role.FRONTEND, Role.SMTP_IN)
+CLUSTERS = (Role.RSPAMD, Role.SMTP_OUT, Role.MAILDROP, Role.FRONTEND, Role.SMTP_IN)
 
 
 def command(graph: Graph, host: str, step: str) -> Registration:
@@ -78,6 +78,7 @@ def test_names_and_types_follow_one_scheme(graph: Graph) -> None:
             assert found.type.startswith("mail:index:")
     hosts = graph.of_type("mail:index:Host")
     assert {graph.registrations[h.parent].type for h in hosts} == {
+        "mail:index:MaildropPair",
         "mail:index:NginxStreams",
         "mail:index:RspamdCluster",
         "mail:index:SmtpInCluster",
@@ -116,8 +117,8 @@ def test_no_member_waits_for_the_one_after_it(graph: Graph, platform: Platform) 
 def test_frontends_come_after_the_members_that_they_lead_to(
     graph: Graph, platform: Platform
 ) -> None:
-    members, frontends = (platform.members(role) for role in (Role.SMTP_OUT, Role.FRONTEND))
-    for frontend in frontends:
+    members = (*platform.members(Role.SMTP_OUT), *platform.members(Role.MAILDROP))
+    for frontend in platform.members(Role.FRONTEND):
         start = command(graph, frontend.name, "config")
         for member in members:
             assert graph.reaches(start, command(graph, member.name, "confirm").urn)
@@ -193,7 +194,7 @@ def test_the_mx_comes_last_of_all_records(graphs: Callable[[str, bool], Graph]) 
 
 def test_clusters_change_side_by_side(graph: Graph, platform: Platform) -> None:
     """But for the frontends, none waits for another: a spam filter that is away stops no mail."""
-    apart = (Role.RSPAMD, Role.SMTP_OUT, Role.SMTP_IN)
+    apart = (Role.RSPAMD, Role.SMTP_OUT, Role.SMTP_IN, Role.MAILDROP)
     for role in apart:
         start = command(graph, platform.members(role)[0].name, "config")
         for other in (o for o in apart if o is not role):
@@ -477,12 +478,14 @@ def test_every_domain_key_and_login_is_generated_where_none_is_given(
         found = graph.one(PRIVATE_KEY, f"dkim-{domain.name}-{key.selector}")
         assert (found.inputs["algorithm"], found.inputs["rsaBits"]) == ("RSA", key.bits)
     logins = {f"sasl-{u.name}" for u in platform.sasl_users.values() if u.password_hash is None}
+    boxes = {f"mailbox-{b.name}" for b in platform.mailboxes.values() if b.password_hash is None}
     inbound = {f"srs-{key}" for key in platform.inbound.srs_keys} | {
+        "pairsync-secret",
         "redis-password",
         "rspamd-controller-password",
         "rspamd-controller-hash-salt",
     }
-    assert {r.name for r in graph.of_type(PASSWORD)} == {*logins, *inbound, "digest-key"}
+    assert {r.name for r in graph.of_type(PASSWORD)} == {*logins, *boxes, *inbound, "digest-key"}
     assert set(graph.outputs["sasl_passwords"]) == {n.removeprefix("sasl-") for n in logins}
 
 

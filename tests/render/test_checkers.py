@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import pytest
 
 from mailsite.bundle import Check, compose
 from mailsite.fragment import File
 from mailsite.model import Platform, Role, TlsLevel
-from mailsite.roles import base, frontend, rspamd
+from mailsite.roles import rspamd
 from tests.render.conftest import Case, all_files, cases, in_rehearsal
 from tests.render.image import Image, Result, Step
 
@@ -293,15 +292,7 @@ def test_a_filter_with_a_mistake_is_refused(image: Image) -> None:
     assert "default: line" in told and "filinto" in told
 
 
-def test_what_leads_to_the_mailboxes_is_accepted(
-    image: Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Streams and resolvers as they are with the mailboxes in service."""
-    monkeypatch.setattr(base, "internal_names", partial(base.internal_names, maildrop=True))
-    edge = first(Role.FRONTEND)
-    part = frontend.fragment(edge.platform, edge.host, maildrop=True)
-    (nginx,) = (check for check in part.checks if check.name == "nginx")
-    assert refusals([nginx], [image.run_one(part.files, *nginx.command)]) == {}
+def test_resolvers_lead_to_the_mailboxes(image: Image) -> None:
     inbound = first(Role.SMTP_IN)
     checks, commands = steps(inbound.platform, inbound)
     files = all_files(inbound.platform, inbound.host)

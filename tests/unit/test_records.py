@@ -675,22 +675,9 @@ def test_the_records_of_five_thousand_domains_are_no_effort() -> None:
 
 
 @BOTH
-def test_nothing_leads_to_mailboxes_before_they_are_in_service(platform: Platform) -> None:
-    before = static_records(platform, maildrop=False)
-    after = static_records(platform, maildrop=True)
-    assert before == static_records(platform), "the program publishes these"
-    more = [r for r in after if r not in before]
-    assert after[: len(before)] == before
-    names = {platform.maildrop_domain, platform.webmail_backend, platform.names.imap}
-    assert {r.name for r in more} == names
-    assert not names & {r.name for r in before}
-    assert records(platform, keys(platform), maildrop=False) == records(platform, keys(platform))
-
-
-@BOTH
 def test_mail_for_mailboxes_prefers_the_primary(platform: Platform) -> None:
     assert platform.maildrop is not None
-    found = at(static_records(platform, maildrop=True), platform.maildrop_domain, RecordType.MX)
+    found = at(static_records(platform), platform.maildrop_domain, RecordType.MX)
     assert [(r.priority, r.ttl) for r in found] == [(10, 300), (20, 300)]
     assert found[0].content == platform.maildrop.primary
     members = {host.name for host in platform.members(Role.MAILDROP)}
@@ -701,14 +688,14 @@ def test_the_other_replica_can_be_the_primary() -> None:
     assert EXAMPLE.maildrop is not None
     other = EXAMPLE.members(Role.MAILDROP)[1].name
     settings = EXAMPLE.maildrop.model_copy(update={"primary": other})
-    found = static_records(changed(EXAMPLE, maildrop=settings), maildrop=True)
+    found = static_records(changed(EXAMPLE, maildrop=settings))
     first = min(at(found, EXAMPLE.maildrop_domain, RecordType.MX), key=lambda r: r.priority or 0)
     assert first.content == other
 
 
 @BOTH
 def test_webmail_finds_both_replicas_by_one_name(platform: Platform) -> None:
-    found = static_records(platform, maildrop=True)
+    found = static_records(platform)
     legs = [platform.internal_leg(host) for host in platform.members(Role.MAILDROP)]
     here = [r for r in found if r.name == platform.webmail_backend]
     assert {r.content for r in here} == {str(a) for leg in legs for a in (leg.ipv4, leg.ipv6)}
@@ -717,11 +704,12 @@ def test_webmail_finds_both_replicas_by_one_name(platform: Platform) -> None:
 
 @BOTH
 def test_mail_clients_come_in_through_the_frontends(platform: Platform) -> None:
-    (imap,) = at(static_records(platform, maildrop=True), platform.names.imap, RecordType.CNAME)
+    (imap,) = at(static_records(platform), platform.names.imap, RecordType.CNAME)
     assert (imap.content, imap.ttl) == (platform.names.frontend, 60)
 
 
 def test_a_platform_without_mailboxes_has_no_records_for_them() -> None:
     hosts = {n: h for n, h in EXAMPLE.hosts.items() if Role.MAILDROP not in h.roles}
     platform = changed(EXAMPLE, hosts=hosts, maildrop=None)
-    assert static_records(platform, maildrop=True) == static_records(platform, maildrop=False)
+    names = {r.name for r in static_records(platform)}
+    assert not names & {platform.maildrop_domain, platform.webmail_backend, platform.names.imap}

@@ -10,9 +10,7 @@ from jinja2 import meta
 
 from mailsite.bundle import ROLES, compose
 from mailsite.loader import load_platform
-from mailsite.model import Role
 from mailsite.render import TEMPLATES, RenderError, environment, render, render_in, target
-from mailsite.roles import frontend
 from tests.unit.test_loader import EXAMPLE
 
 ALL = sorted(str(path.relative_to(TEMPLATES)) for path in TEMPLATES.rglob("*.j2"))
@@ -70,9 +68,6 @@ def test_every_template_is_used_and_lands_at_its_own_path() -> None:
         bundle = compose(platform, host)
         used |= {f.template: path for path, f in bundle.files.items()}
         used |= {f"templates/{f.template}": p for p, f in bundle.secret_files.items() if f.template}
-    for host in platform.members(Role.FRONTEND):
-        part = frontend.fragment(platform, host, maildrop=True)
-        used |= {f.template: path for path, f in part.files.items()}
     # Programs are no templates.
     used = {t: path for t, path in used.items() if not t.startswith(("agent/", "pairsync/"))}
     parts = {f"templates/{part}" for name in ALL for part in included(name)}

@@ -61,18 +61,16 @@ def test_health_goes_through_the_stream() -> None:
 # -- mailboxes --------------------------------------------------------------------------------
 
 
-def test_streams_to_the_mailboxes_wait_until_they_are_in_service() -> None:
-    off = frontend.fragment(PLATFORM, EDGE, maildrop=False)
-    assert off == frontend.fragment(PLATFORM, EDGE), "the program builds this"
-    assert {rule.port for rule in off.ports} == {587}
-    on = frontend.fragment(PLATFORM, EDGE, maildrop=True)
-    assert off.files.items() <= on.files.items()
+def test_a_platform_without_mailboxes_has_no_streams_to_them() -> None:
+    on = frontend.fragment(PLATFORM, EDGE)
     assert {rule.port for rule in on.ports} == {587, 993, 4190}
+    off = frontend.fragment(PLATFORM.model_copy(update={"maildrop": None}), EDGE)
+    assert {rule.port for rule in off.ports} == {587}
 
 
 def stream(name: str) -> tuple[frontend.Stream, str]:
-    (found,) = (s for s in frontend.streams(PLATFORM, maildrop=True) if s.name == name)
-    files = frontend.fragment(PLATFORM, EDGE, maildrop=True).files
+    (found,) = (s for s in frontend.streams(PLATFORM) if s.name == name)
+    files = frontend.fragment(PLATFORM, EDGE).files
     return found, files[f"/etc/nginx/mail-streams.d/{name}.conf"].content
 
 
@@ -101,11 +99,11 @@ def test_filters_are_edited_from_the_networks_of_the_site_data_alone() -> None:
     assert allowed == [*(f"allow {network};" for network in networks), "deny all;"]
     _, imap = stream("imap")
     assert "deny" not in imap
-    rules = {r.port: r.sources for r in frontend.fragment(PLATFORM, EDGE, maildrop=True).ports}
+    rules = {r.port: r.sources for r in frontend.fragment(PLATFORM, EDGE).ports}
     assert (rules[4190], rules[993], rules[587]) == (networks, None, None)
 
 
 def test_health_sees_a_mailbox_server_behind_the_stream() -> None:
-    health = frontend.fragment(PLATFORM, EDGE, maildrop=True).health
+    health = frontend.fragment(PLATFORM, EDGE).health
     for address in ("127.0.0.1", "::1"):
         assert CommandHealth(greets(address, 993)) in health

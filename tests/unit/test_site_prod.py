@@ -68,19 +68,12 @@ def test_service_addresses_are_the_published_ones(prod: Platform, published: Rec
 
 
 def test_the_program_publishes_the_published_records(prod: Platform) -> None:
-    """Those of the mailboxes when they are in service."""
-    assert unpublished(prod, maildrop=True) == []
-    mailboxes = f"maildrop.{prod.internal_domain}."
-    imap = f"{prod.names.imap}. CNAME"
-    assert unpublished(prod, maildrop=False) == [imap, f"{mailboxes} MX", f"{mailboxes} MX"]
+    assert unpublished(prod) == []
 
 
-def unpublished(prod: Platform, *, maildrop: bool) -> list[str]:
+def unpublished(prod: Platform) -> list[str]:
     """The published records that the program does not have."""
-    found = {
-        (r.name, str(r.ttl), r.type.value, r.rdata.rstrip("."))
-        for r in static_records(prod, maildrop=maildrop)
-    }
+    found = {(r.name, str(r.ttl), r.type.value, r.rdata.rstrip(".")) for r in static_records(prod)}
     missing = []
     for line in listing("dns"):
         name, ttl, _class, kind, data = line.split(maxsplit=4)

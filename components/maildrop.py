@@ -1,0 +1,20 @@
+"""The mailboxes: two replicas of each, which serve clients and take what smtp-in brings."""
+
+from __future__ import annotations
+
+import pulumi
+
+from components.host import ClusterArgs, rolling
+from mailsite.model import Role
+
+
+class MaildropPair(pulumi.ComponentResource):
+    """Two replicas, changed one after the other. ``done``: both serve."""
+
+    def __init__(
+        self, name: str, args: ClusterArgs, opts: pulumi.ResourceOptions | None = None
+    ) -> None:
+        super().__init__("mail:index:MaildropPair", name, {}, opts)
+        replicas = rolling(self, args.fleet.members(Role.MAILDROP), args)
+        self.done = [replica.done for replica in replicas]
+        self.register_outputs({})
