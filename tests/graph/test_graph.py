@@ -465,7 +465,7 @@ def test_every_generated_secret_is_marked_as_one_by_its_type(graph: Graph) -> No
 
 
 def test_passwords_are_a_secret_output_and_no_other_output_shows_a_secret(graph: Graph) -> None:
-    assert graph.secret_outputs == {"sasl_passwords"}
+    assert graph.secret_outputs == {"sasl_passwords", "mailbox_passwords"}
     assert MARK not in graph.outputs["zones"] + graph.outputs["reverse_zones"]
 
 
@@ -487,6 +487,7 @@ def test_every_domain_key_and_login_is_generated_where_none_is_given(
     }
     assert {r.name for r in graph.of_type(PASSWORD)} == {*logins, *boxes, *inbound, "digest-key"}
     assert set(graph.outputs["sasl_passwords"]) == {n.removeprefix("sasl-") for n in logins}
+    assert set(graph.outputs["mailbox_passwords"]) == {n.removeprefix("mailbox-") for n in boxes}
 
 
 # -- DNS --------------------------------------------------------------------------------------
