@@ -10,7 +10,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mailsite.aliases import DISCARD_DOMAIN, virtual_aliases, virtual_domains
+from mailsite.aliases import (
+    DISCARD_DOMAIN,
+    limited_addresses,
+    virtual_aliases,
+    virtual_domains,
+)
 from mailsite.fragment import (
     CommandHealth,
     Fragment,
@@ -48,6 +53,7 @@ SMTPS = 465
 FORWARD = 10025
 VIRTUAL = "/etc/postfix/virtual"
 VIRTUAL_DOMAINS = "/etc/postfix/virtual-domains"
+LIMITED = "/etc/postfix/limited-addresses"
 POSTSRSD = "/etc/default/postsrsd"
 SRS_SECRET = "/etc/postsrsd.secret"  # noqa: S105 - where it lies
 SRS_ADDRESSES = "/etc/postfix/srs-addresses"
@@ -83,7 +89,7 @@ def map_builds() -> tuple[MapBuild, ...]:
     """
     tables = (
         MapBuild(("postmap", f"lmdb:{path}"), source=path, output=f"{path}.lmdb")
-        for path in (VIRTUAL_DOMAINS, VIRTUAL)
+        for path in (VIRTUAL_DOMAINS, VIRTUAL, LIMITED)
     )
     return (aliases_map(), *tables)
 
@@ -115,6 +121,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 aliases=ALIASES,
                 virtual=VIRTUAL,
                 virtual_domains=VIRTUAL_DOMAINS,
+                limited_addresses=LIMITED,
                 maildrop=platform.maildrop_domain,
                 discard=DISCARD_DOMAIN,
                 forward=FORWARD,
@@ -135,6 +142,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
             templated("smtp_in/etc/postfix/master.cf.j2", host=host.name, forward=FORWARD, srs=srs),
             templated("smtp_in/etc/postfix/virtual.j2", aliases=virtual_aliases(platform)),
             templated("smtp_in/etc/postfix/virtual-domains.j2", domains=virtual_domains(platform)),
+            templated(f"smtp_in{LIMITED}.j2", addresses=limited_addresses(platform)),
             templated(f"smtp_in{SRS_ADDRESSES}.j2", srs=srs),
             templated("postfix/etc/postfix/aliases.j2", domain=platform.domain),
             templated("smtp_in/etc/default/postsrsd.j2", srs=srs),
