@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from mailsite.loader import SiteError
+from mailsite.model import Platform, Role
 from rehearsal import cleanup, image, network, tools
 from rehearsal.machine import Machine
 from rehearsal.progress import Progress, RehearsalError
@@ -128,6 +130,7 @@ def _status(options: argparse.Namespace, progress: Progress) -> int:
                 ).stdout.split("\n")
                 said += ": " + ", ".join(line.split()[0] for line in failed if line)
         rows.append(("machine", machine.name, said))
+    rows += [("pairsync", host, said) for host, said in _replicas(state, site.platform())]
     wide = max(len(r[1]) for r in rows)
     for kind, name, said in rows:
         print(f"{kind:<10} {name:<{wide}} {said}".rstrip())
@@ -136,6 +139,30 @@ def _status(options: argparse.Namespace, progress: Progress) -> int:
         age = time.time() - report.stat().st_mtime
         print(f"report     {report} ({age / 60:.0f} minutes old)")
     return 0
+
+
+def _replicas(state: State, platform: Platform) -> Iterator[tuple[str, str]]:
+    """Each replica of the mailboxes, and what its pairsync says of itself."""
+    for host in platform.members(Role.MAILDROP):
+        machine = Machine.load(host.name, state)
+        if machine is None or not machine.alive():
+            continue
+        done = machine.run(["pairsync", "status", "--json"], check=False)
+        if not done.stdout:
+            yield host.name, done.stderr.strip() or "does not answer"
+            continue
+        document = json.loads(done.stdout)
+        lag, oldest = document["lag"], document["oldest"]
+        failing = document["failing"]
+        yield (
+            host.name,
+            f"peer {'up' if document['peer']['up'] else 'AWAY'};"
+            f" lag p50 {lag['p50']:.3f} s, p95 {lag['p95']:.3f} s, p99 {lag['p99']:.3f} s;"
+            f" {document['dirty']} dirty users, the oldest for {oldest['seconds']:.1f} s;"
+            f" {len(failing)} failing",
+        )
+        for user, about in sorted(failing.items()):
+            yield "", f"{user}: {about['failures']} failed runs: {about['words']}"
 
 
 def _verify(options: argparse.Namespace, progress: Progress) -> int:

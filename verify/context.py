@@ -131,12 +131,7 @@ class Context:
 
     def public(self, host: Host) -> tuple[IPAddress, ...]:
         """The host's addresses in public networks."""
-        return tuple(
-            a
-            for i in host.interfaces
-            if self.platform.network_of(i).kind is NetworkKind.PUBLIC
-            for a in (i.ipv4, i.ipv6)
-        )
+        return public_addresses(self.platform, host)
 
     def internal(self, host: Host) -> tuple[IPAddress, ...]:
         """Where other hosts of the platform reach ``host``, both families."""
@@ -157,7 +152,22 @@ class Context:
 
     def tls(self) -> ssl.SSLContext:
         """A client's TLS: the CAs that a client of this platform trusts, names verified."""
-        return _tls(self.platform.world.ca_certificates)
+        return trust(self.platform)
+
+
+def public_addresses(platform: Platform, host: Host) -> tuple[IPAddress, ...]:
+    """The host's addresses in public networks."""
+    return tuple(
+        a
+        for i in host.interfaces
+        if platform.network_of(i).kind is NetworkKind.PUBLIC
+        for a in (i.ipv4, i.ipv6)
+    )
+
+
+def trust(platform: Platform) -> ssl.SSLContext:
+    """What a client of the platform trusts."""
+    return _tls(platform.world.ca_certificates)
 
 
 @cache

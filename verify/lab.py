@@ -22,7 +22,7 @@ import dns.zone
 
 from mailsite.bundle import compose
 from mailsite.loader import load_platform
-from mailsite.model import Host, IPAddress, NetworkKind, Platform
+from mailsite.model import Host, IPAddress, NetworkKind, Platform, Role
 from rehearsal import cleanup, existing, network, platform_up
 from rehearsal.ca import Authority
 from rehearsal.image import Layers
@@ -32,9 +32,10 @@ from rehearsal.state import State, locked
 from rehearsal.world import plan, zones
 from rehearsal.world.world import Listed, Question, World
 from verify.client import Client, Observer, Pool
-from verify.context import Context, Probe, eventually, expect
+from verify.context import Context, Probe, eventually, expect, public_addresses, trust
 from verify.lookup import Lookup
-from verify.mailauth import header_of
+from verify.mail import Mail
+from verify.mailbox import MAILBOXES, Mailboxes
 from verify.passwords import password_of
 from verify.registry import Failed, Skipped
 from verify.stack import Stack
@@ -46,39 +47,15 @@ OWN_TABLE = ("inet", "mail")
 TRUSTED = "/etc/ssl/certs/ca-certificates.crt"
 
 
-@dataclass(frozen=True)
-class Mail:
-    """A mail as a remote server got it.
+class LabWorld:
+    """The remote mail servers, the name servers and the resolver of the world outside.
 
-    Attributes:
-        mx: Which server.
-        peer: Address that it came from.
-        helo: Name that the peer gave.
-        tls: Version of TLS; empty without.
-        mail_from: Envelope sender; empty for a bounce.
-        rcpt_to: Envelope recipients.
-        accepted: Whether the server took it.
-        raw: The mail as it came.
+    Where mail is looked for, :data:`verify.mailbox.MAILBOXES` stands for the platform's own end.
     """
 
-    mx: str
-    peer: IPAddress
-    helo: str
-    tls: str
-    mail_from: str
-    rcpt_to: tuple[str, ...]
-    accepted: bool
-    raw: bytes
-
-    def header(self, name: str) -> list[str]:
-        return header_of(self.raw, name)
-
-
-class LabWorld:
-    """The remote mail servers, the name servers and the resolver of the world outside."""
-
-    def __init__(self, world: World, state: State) -> None:
+    def __init__(self, world: World, state: State, mailboxes: Mailboxes) -> None:
         self._world = world
+        self._mailboxes = mailboxes
         self._folder = state.world / "mail"
         self._lock = threading.Lock()
         self._read: dict[Path, Mail] = {}
@@ -96,9 +73,11 @@ class LabWorld:
         return [m for m in self._all(mx) if wanted in [r.lower() for r in m.rcpt_to]]
 
     def copies(self, token: str) -> list[Mail]:
-        """The mails that say ``token`` anywhere, at whichever server they arrived."""
+        """The mails that say ``token`` anywhere, wherever they arrived."""
         wanted = token.encode()
-        return [m for mx in plan.MAIL_SERVERS for m in self._all(mx) if wanted in m.raw]
+        return [
+            m for mx in (*plan.MAIL_SERVERS, MAILBOXES) for m in self._all(mx) if wanted in m.raw
+        ]
 
     def server_of(self, domain: str) -> str:
         """The server that mail for a domain of others arrives at.
@@ -114,6 +93,8 @@ class LabWorld:
         raise Failed(f"the world outside has no mail server for {domain}")
 
     def _all(self, mx: str) -> list[Mail]:
+        if mx == MAILBOXES:
+            return self._mailboxes.all()
         with self._lock:
             found = []
             for path in sorted((self._folder / mx).glob("[0-9]*.json")):
@@ -559,7 +540,15 @@ class Lab:
         zone_ids = platform_up.current(state).config.get("mail:zoneIds", {})
         no_layers = Layers((), (), (), Path())  # it is only looked at, not brought up
         self.outside = World(state, platform, self.network, no_layers, zone_ids)
-        self.world = LabWorld(self.outside, state)
+        frontends = platform.members(Role.FRONTEND)
+        mailboxes = Mailboxes(
+            platform,
+            state.root,
+            doors=tuple(a for h in frontends for a in public_addresses(platform, h)),
+            client=lambda: self.observer("internet", "the internet").client(),
+            tls=trust(platform),
+        )
+        self.world = LabWorld(self.outside, state, mailboxes)
 
     def machine(self, host: Host) -> LabMachine:
         return LabMachine(host, self.state, self.platform)

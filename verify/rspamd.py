@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from mailsite.model import DELIMITER, Host, IPAddress, MailboxTarget, Role
 from verify.client import Client, Observer
 from verify.context import Context, each, eventually, expect
+from verify.mailbox import MAILBOXES
 from verify.redis import Redis, Refused
 from verify.registry import Failed, Skipped, check
 from verify.smtp import Letter, Session, letter
@@ -24,7 +25,8 @@ from verify.smtp_out import enter, member_door
 from verify.spam_filter import GTUBE, filters, keys, redis, writer
 
 if TYPE_CHECKING:
-    from verify.lab import Mail, RemoteSender
+    from verify.lab import RemoteSender
+    from verify.mail import Mail
 
 SMTP = 25
 PROMPT = 20.0
@@ -134,7 +136,7 @@ def doubtful(ctx: Context, sender: RemoteSender) -> Letter:
 def delivered(ctx: Context, mail: Letter) -> Mail:
     """The mail as it reached its mailbox."""
     there = mailbox(ctx)[1].replace("{token}", mail.token)
-    return ctx.lab.world.arrival("home", there, PROMPT)
+    return ctx.lab.world.arrival(MAILBOXES, there, PROMPT)
 
 
 def offer(ctx: Context, door: Door, mail: Letter) -> tuple[int, str]:

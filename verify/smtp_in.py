@@ -26,12 +26,14 @@ from verify import addresses, mailauth
 from verify.client import Client, Observer
 from verify.context import SUBMISSION, SUBMISSION_PROXY, Context, each, eventually, expect
 from verify.lookup import family
+from verify.mailbox import MAILBOXES
 from verify.registry import Failed, Skipped, check
 from verify.relay import attempts
 from verify.smtp import Letter, Session, letter
 
 if TYPE_CHECKING:
-    from verify.lab import LabMachine, Mail, RemoteSender
+    from verify.lab import LabMachine, RemoteSender
+    from verify.mail import Mail
 
 SMTP = 25
 SMTPS = 465
@@ -319,7 +321,7 @@ def _expect_where_it_belongs(ctx: Context, case: Case, mail: Letter, member: Hos
         )
         found.update((copy.mx, r) for r in copy.rcpt_to)
     wanted = Counter(
-        [("home", r) for r in way.mailboxes] + [(_server(ctx, r), r) for r in way.forwards]
+        [(MAILBOXES, r) for r in way.mailboxes] + [(_server(ctx, r), r) for r in way.forwards]
     )
     expect(
         found == wanted,

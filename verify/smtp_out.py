@@ -19,8 +19,9 @@ from verify.context import (
     eventually,
     expect,
 )
-from verify.lab import Mail
 from verify.lookup import family
+from verify.mail import Mail
+from verify.mailbox import MAILBOXES
 from verify.passwords import password_of
 from verify.registry import Failed, Skipped, check
 from verify.smtp import CertificateRefused, Letter, Refused, Session, letter
@@ -355,7 +356,7 @@ def _bounce_of(ctx: Context) -> Mail:
     world = ctx.lab.world
     mail = letter(_author_with_a_mailbox(ctx), f"{{token}}@{world.domain('refusing')}")
     submit(ctx, frontend_doors(ctx)[0], mail)
-    bounce = world.arrival("home", _mailbox_of(ctx, mail.sender), PROMPT)
+    bounce = world.arrival(MAILBOXES, _mailbox_of(ctx, mail.sender), PROMPT)
     expect(bounce.mail_from == "", f"the bounce has the envelope sender {bounce.mail_from!r}")
     text = bounce.raw.decode("ascii", "replace").lower()
     expect("action: failed" in text, "the bounce does not say 'Action: failed' (RFC 3464)")
@@ -411,7 +412,7 @@ def _with_the_signer_stopped(ctx: Context, member: Host, domain: str) -> str:
             )
             _expect_nothing(ctx, "strict", local.recipient, 2.0)
             _expect_nothing(ctx, "strict", submitted.recipient, 0.0)
-            _expect_nothing(ctx, "home", returned, 0.0)
+            _expect_nothing(ctx, MAILBOXES, returned, 0.0)
         finally:
             machine.run("systemctl", "start", "opendkim.service")
     # The client tries again, as clients do; what the queue holds is hurried along.
@@ -425,7 +426,7 @@ def _with_the_signer_stopped(ctx: Context, member: Host, domain: str) -> str:
     late = [
         ("strict", submitted.recipient),
         ("strict", local.recipient),
-        ("home", returned),
+        (MAILBOXES, returned),
     ]
     for mx, recipient in late:
         arrived = lab.world.arrival(mx, recipient, 20.0, poke=machine.hurry)
