@@ -5,7 +5,6 @@ from __future__ import annotations
 import imaplib
 import re
 import ssl
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -94,6 +93,12 @@ class Session(imaplib.IMAP4):
             raise
         self.file = self.sock.makefile("rb")
 
+    @property
+    def tls_version(self) -> str | None:
+        """Such as ``TLSv1.3``."""
+        assert isinstance(self.sock, ssl.SSLSocket)
+        return self.sock.version()
+
     def enter(self, user: str, password: str) -> None:
         """Log in.
 
@@ -118,7 +123,7 @@ class Session(imaplib.IMAP4):
                 found.append(Folder(name, items["UIDVALIDITY"], items["UIDNEXT"]))
         return found
 
-    def mails(self, folder: str, first: int) -> Iterator[tuple[int, bytes]]:
+    def mails(self, folder: str, first: int) -> list[tuple[int, bytes]]:
         """UID and content of each mail of a folder from UID ``first`` on; none is marked as read.
 
         Raises:
@@ -126,11 +131,14 @@ class Session(imaplib.IMAP4):
         """
         self.look_into(folder)
         rows = self.told("FETCH", self.uid("FETCH", f"{first}:*", "(UID BODY.PEEK[])"))
+        # STATUS need not tell anything new of a folder that is open (RFC 9051, section 6.3.11).
+        self.unselect()
+        found = []
         for row in rows:
-            if isinstance(row, tuple):
-                uid = re.search(rb"UID (\d+)", row[0])
-                if uid is not None and int(uid[1]) >= first:
-                    yield int(uid[1]), row[1]
+            uid = re.search(rb"UID (\d+)", row[0]) if isinstance(row, tuple) else None
+            if uid is not None and int(uid[1]) >= first:
+                found.append((int(uid[1]), row[1]))
+        return found
 
     def look_into(self, folder: str, *, readonly: bool = True) -> None:
         """Open a folder; without ``readonly`` to change it.
