@@ -106,10 +106,11 @@ class Pool:
     """Source addresses, each handed out again only after the others, and after a rest.
 
     Postfix counts per IPv4 address and per IPv6 /84 over 60 seconds (anvil(8), and
-    smtpd_client_ipv6_prefix_length in postconf(5)).
+    smtpd_client_ipv6_prefix_length in postconf(5)). Those begin with the first connection, which
+    may be some seconds after the client was made.
     """
 
-    REST = 61.0
+    REST = 75.0
 
     def __init__(
         self,

@@ -138,6 +138,8 @@ class LabWorld:
 
     def replies(self, mx: str, recipient: str) -> list[str]:
         """What the server answered to mail for ``recipient``, at RCPT and at the end of DATA."""
+        if mx == MAILBOXES:  # none hears what is said to smtp-in
+            return []
         wanted = recipient.lower()
         return [e.reply for e in self._world.events(mx) if wanted in e.rcpt_to.lower()]
 
@@ -731,6 +733,15 @@ class Lab:
         """Nobody reaches the resolver that people on the internet ask."""
         families = {4: "ip", 6: "ip6"}
         return self._dropping(f"{families[a.version]} daddr {a}" for a in plan.RESOLVER)
+
+    def link_cut(self, one: Host, other: Host) -> AbstractContextManager[None]:
+        """The two hosts do not reach each other: packets are lost, nobody is told."""
+        families = {4: "ip", 6: "ip6"}
+        pairs = [(a, b) for a in one.addresses for b in other.addresses if a.version == b.version]
+        return self._dropping(
+            f"{families[a.version]} saddr {{ {a}, {b} }} {families[a.version]} daddr {{ {a}, {b} }}"
+            for a, b in pairs
+        )
 
     @contextmanager
     def _dropping(self, matches: Iterable[str]) -> Iterator[None]:
