@@ -110,13 +110,16 @@ async def _refill(config: Config) -> int:
     if not document or document["pass"] is not None:
         print("pairsync: the daemon ended before the refill did; it goes on when it is back")
         return WRONG
-    return FINE
+    return WRONG if document["failing"] else FINE
 
 
 def _progress(document: dict[str, Any]) -> str:
     if document["pass"] is None:
         if not document["peer"]["up"]:
             return f"waiting for the peer: {document['peer']['problem']}"
+        failing = sorted(document["failing"])
+        if failing:
+            return f"done, but for {len(failing)} that are tried again: {', '.join(failing[:5])}"
         return "done"
     done, total = document["pass"]["done"], document["pass"]["total"]
     seconds = document["pass"]["seconds"]

@@ -32,11 +32,18 @@ _SCRIPTS_TICKS = 60
 _NIGHT_SECONDS = 30.0
 _DOVECOT_SECONDS = 2.0
 _BACKGROUND_AT_ONCE = 200
+_CLOCKS_APART = 0.05
+_PASS_TRIES = 5
 
 
 @dataclass
 class Pass:
-    """A full run for every user. ``left`` are those that are not through."""
+    """A full run for every user.
+
+    ``left`` are those that are not through, ``failed`` those whose last run failed. Who failed
+    some times, or is not known to the peer, no longer keeps the pass from ending: such a user has
+    a marker, and is tried again for as long as it takes.
+    """
 
     reason: str
     total: int
@@ -49,7 +56,7 @@ class Pass:
             "reason": self.reason,
             "total": self.total,
             "done": self.total - len(self.left),
-            "failed": sorted(self.failed & self.left),
+            "failed": sorted(self.failed),
             "seconds": time.time() - self.began,
         }
 
@@ -165,6 +172,9 @@ class Daemon:
                 self._rescan()
             elif user := user_name(event.name):
                 self._notice(user, time.time())
+            elif user := self._markers.take_subscribed(event.name):
+                left = 1.0 - time.time() % 1.0 + _CLOCKS_APART
+                self._queue.rest(user, time.monotonic() + left)
         self._wake.set()
 
     def _notice(self, user: str, since: float) -> None:
@@ -196,8 +206,12 @@ class Daemon:
             await self._scripts.delete(user, {**mine, **theirs})
         return mine
 
+    def rests(self, user: str) -> bool:
+        """Whether no run may begin now (:class:`pairsync.server.Guests`)."""
+        return self._queue.rests(user, time.monotonic())
+
     def came(self, user: str) -> bool:
-        """A run of the peer's begins (:class:`pairsync.server.Guests`)."""
+        """A run of the peer's begins."""
         try:
             self._markers.receive(user)
         except OSError as error:
@@ -352,8 +366,12 @@ class Daemon:
             return
         if outcome in FAILURES:
             self._pass.failed.add(job.user)
+            failures = self._queue.failing.get(job.user, 0)
+            if outcome is Outcome.UNKNOWN or failures >= _PASS_TRIES:
+                self._pass.left.discard(job.user)
         elif (outcome is Outcome.OK and job.full) or outcome is Outcome.GONE:
             self._pass.left.discard(job.user)
+            self._pass.failed.discard(job.user)
 
     async def _passes(self) -> None:
         while True:
@@ -387,8 +405,12 @@ class Daemon:
                 room -= 1
         self._wake.set()
         if not self._pass.left:
-            seconds = time.time() - self._pass.began
-            notify.log(notify.INFO, f"{self._pass.total} full runs done in {seconds:.1f} s")
+            seconds, failed = time.time() - self._pass.began, sorted(self._pass.failed)
+            done = self._pass.total - len(failed)
+            notify.log(notify.INFO, f"{done} full runs done in {seconds:.1f} s")
+            if failed:
+                names = ", ".join(failed[:5])
+                notify.log(notify.WARNING, f"{len(failed)} failed and are tried again: {names}")
             self._pass = None
             if self._peer.up and not self._pass_wanted:
                 write_document(self._identity_path, self._peer_identity)

@@ -6,6 +6,11 @@ second, so a change during the run makes a marker of its own; success removes th
 else, a crash too, renames it back. Hence a marker is gone only after a successful run that began
 after the change.
 
+``dirty/~USER``: subscriptions changed just now. dsync knows the second of such a change, no more,
+and of two in the same second it takes that which subscribes. So one that was carried within its
+second could not be taken back within it, on either server: the daemon takes this file away, and
+lets no run for the user begin before the second is over.
+
 There are two places: the state on disk, and /run for when that disk is full.
 """
 
@@ -18,6 +23,7 @@ from pathlib import Path
 
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789@_+=.-")
 _PROBE = ".probe"
+_SUBSCRIBED = "~"
 _BEGUN = ("running", "guest")
 
 
@@ -67,6 +73,8 @@ class Markers:
             for name in _BEGUN:
                 for left in (place / name).iterdir():
                     left.rename(place / "dirty" / left.name)
+            for old in (place / "dirty").glob(f"{_SUBSCRIBED}*"):
+                old.unlink()
 
     def dirty(self) -> dict[str, float]:
         """Users with a marker whose run has not begun -> time of the first change."""
@@ -81,6 +89,14 @@ class Markers:
                         changed = entry.stat(follow_symlinks=False).st_mtime
                         found[user] = min(changed, found.get(user, changed))
         return found
+
+    def take_subscribed(self, name: str) -> str | None:
+        """The user whose subscriptions changed; None where ``name`` is no such file's."""
+        user = user_name(name[1:]) if name.startswith(_SUBSCRIBED) else None
+        if user is not None:
+            for folder in self.folders:
+                (folder / name).unlink(missing_ok=True)
+        return user
 
     def mark(self, user: str) -> None:
         (self._places[0] / "dirty" / file_name(user)).touch()

@@ -3,6 +3,7 @@
 -- named after the user. It is opened to append and nothing is written: its time stays that of
 -- the first change, it takes no space, and closing it wakes the daemon each time.
 -- A disk that takes no new file must not keep mail out: then the marker goes to /run.
+-- A change of subscriptions leaves one more before it, with ~ in front: see markers.py.
 
 local folders = { "/var/lib/pairsync/dirty/", "/run/pairsync/dirty/" }
 
@@ -11,8 +12,8 @@ local function file_name(user)
   return (name:gsub("^%.", "%%2E"))
 end
 
-local function mark(user)
-  local name, said = file_name(user.username), nil
+local function leave(user, prefix)
+  local name, said = prefix .. file_name(user.username), nil
   for _, folder in ipairs(folders) do
     local file, problem = io.open(folder .. name, "a")
     if file then
@@ -29,11 +30,14 @@ function dovecot_lua_notify_begin_txn(user)
 end
 
 function dovecot_lua_notify_end_txn(user, success)
-  mark(user)
+  leave(user, "")
 end
 
 -- Dovecot tells of those changes only for which there is a function.
 local function noted(user, event) end
+local function subscribed(user, event)
+  leave(user, "~")
+end
 
 dovecot_lua_notify_event_message_new = noted
 dovecot_lua_notify_event_message_append = noted
@@ -45,5 +49,5 @@ dovecot_lua_notify_event_flags_clear = noted
 dovecot_lua_notify_event_mailbox_create = noted
 dovecot_lua_notify_event_mailbox_delete = noted
 dovecot_lua_notify_event_mailbox_rename = noted
-dovecot_lua_notify_event_mailbox_subscribe = noted
-dovecot_lua_notify_event_mailbox_unsubscribe = noted
+dovecot_lua_notify_event_mailbox_subscribe = subscribed
+dovecot_lua_notify_event_mailbox_unsubscribe = subscribed

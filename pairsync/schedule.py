@@ -12,7 +12,6 @@ _CAP = 10
 """A user who never rests gets a run after so many times the debounce."""
 _RETRY_FIRST = 0.2
 _PUT_OFF = 0.5
-_UNKNOWN_THERE = 30.0
 _CHANGED_LIMIT = 5
 """After so many runs in a row with changes meanwhile, the next is a full one."""
 
@@ -78,6 +77,7 @@ class Queue:
         self._waiting: dict[str, _Entry] = {}
         self._running: dict[str, _Entry] = {}
         self._held = True
+        self._rests: dict[str, float] = {}
 
     @property
     def running(self) -> int:
@@ -134,6 +134,17 @@ class Queue:
         entry = self._waiting.setdefault(user, _Entry(due=now, cap=now))
         entry.due, entry.full, entry.background, entry.failures = now, True, False, 0
 
+    def rest(self, user: str, until: float) -> None:
+        """Begin no run for the user before ``until``."""
+        self._rests[user] = until
+
+    def rests(self, user: str, now: float) -> bool:
+        """Whether no run may begin, the peer's neither."""
+        if self._rests.get(user, now) > now:
+            return True
+        self._rests.pop(user, None)
+        return False
+
     def hold(self) -> None:
         """Begin no run."""
         self._held = True
@@ -155,6 +166,7 @@ class Queue:
             for user, entry in self._waiting.items()
             if entry.due <= now
             and user not in self._running
+            and not self.rests(user, now)
             and not (entry.is_second_class and behind >= self._behind)
         ]
         if not ready:
@@ -190,8 +202,7 @@ class Queue:
             again.failures += 1
             again.full = True
             wait = _RETRY_FIRST * 2.0 ** min(again.failures - 1, 20)
-            limit = max(_UNKNOWN_THERE, self._retry_max)
-            again.due = now + (limit if outcome is Outcome.UNKNOWN else min(self._retry_max, wait))
+            again.due = now + min(self._retry_max, wait)
         if later is not None:
             again.full |= later.full
             again.background &= later.background
@@ -205,7 +216,7 @@ class Queue:
         behind = sum(e.is_second_class for e in self._running.values())
         return min(
             (
-                entry.due
+                max(entry.due, self._rests.get(user, entry.due))
                 for user, entry in self._waiting.items()
                 if user not in self._running
                 and not (entry.is_second_class and behind >= self._behind)

@@ -42,6 +42,9 @@ Deletions = Callable[[str, Mapping[str, float]], Awaitable[Mapping[str, float]]]
 class Guests(Protocol):
     """Notes the peer's runs, and whether they ended well."""
 
+    def rests(self, user: str) -> bool:
+        """Whether no run may begin at the moment."""
+
     def came(self, user: str) -> bool:
         """A run begins. Whether mails may have been left out by an earlier one."""
 
@@ -167,7 +170,7 @@ class Server:
 
     async def _run(self, reader: Reader, writer: Writer, request: Mapping[str, Any]) -> None:
         user = str(request["user"])
-        if not await self._admit(user):
+        if self._guests.rests(user) or not await self._admit(user):
             await send(writer, {"busy": True})
             return
         task = asyncio.current_task()

@@ -310,6 +310,22 @@ class Server:
             return False
         return True
 
+    def add_user(self, user: str) -> None:
+        """Dovecot knows the user when this returns; it looks at its file once a second."""
+        path = "/etc/dovecot/users"
+        self.write(path, self.path(path).read_text() + _row(user))
+        wait_for(f"{self.name} knows {user}", lambda: self.knows(user))
+
+    def remove_user(self, user: str) -> None:
+        path = "/etc/dovecot/users"
+        self.write(path, self.path(path).read_text().replace(_row(user), ""))
+        wait_for(f"{self.name} does not know {user}", lambda: not self.knows(user))
+
+    def knows(self, user: str) -> bool:
+        return (
+            subprocess.run(self.words("doveadm", "user", user), capture_output=True).returncode == 0
+        )
+
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
         """Sockets that this thread makes meanwhile are in the server's network."""
@@ -558,8 +574,7 @@ class Pair:
         hosts = "".join(f"{a} {n}\n" for a, n in zip(ADDRESSES, NAMES, strict=True))
         server.write("/etc/hosts", f"127.0.0.1 localhost\n{hosts}")
         server.write("/etc/dovecot/dovecot.conf", _DOVECOT + snippet())
-        rows = "".join(f"{u}:::::/var/dovecot/users/{u}::\n" if u else "" for u in self.users)
-        server.write("/etc/dovecot/users", rows)
+        server.write("/etc/dovecot/users", "".join(map(_row, self.users)))
         server.write("/etc/pairsync.toml", _TOML.format(name=server.name, peer=server.peer))
         server.write("/etc/pairsync/secret", SECRET + "\n", VMAIL, 0o400)
         server.write("/etc/pairsync/ca.pem", self.authority.pem)
@@ -569,6 +584,10 @@ class Pair:
         lua = (CODE / "notify.lua").read_text()
         server.write("/usr/local/lib/pairsync/notify.lua", lua)
         server.write("/usr/local/sbin/pairsync", (CODE / "bin/pairsync").read_text(), mode=0o755)
+
+
+def _row(user: str) -> str:
+    return f"{user}:::::/var/dovecot/users/{user}::\n"
 
 
 def snippet() -> str:

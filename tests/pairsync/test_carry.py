@@ -182,8 +182,7 @@ def test_a_script_put_again_after_its_deletion_stays(pair: Pair, user: str) -> N
 
 def test_a_new_user_is_carried(pair: Pair) -> None:
     for server in pair.both:
-        rows = server.path("/etc/dovecot/users").read_text()
-        server.write("/etc/dovecot/users", rows + "newcomer:::::/var/dovecot/users/newcomer::\n")
+        server.add_user("newcomer")
     pair.b.deliver("newcomer", "hello")
     pair.wait_equal(["newcomer"], 5)
     pair.b.put_script("newcomer", "first")
@@ -192,12 +191,21 @@ def test_a_new_user_is_carried(pair: Pair) -> None:
 
 
 def test_a_user_whom_the_peer_does_not_know_yet_is_carried_later(pair: Pair) -> None:
-    row = "early:::::/var/dovecot/users/early::\n"
-    rows = pair.a.path("/etc/dovecot/users").read_text()
-    pair.a.write("/etc/dovecot/users", rows + row)
+    pair.a.add_user("early")
     pair.a.deliver("early", "hello")
     wait_for("it is visible", lambda: "early" in pair.a.status()["failing"])
-    pair.b.write("/etc/dovecot/users", pair.b.path("/etc/dovecot/users").read_text() + row)
-    pair.a.run("pairsync", "sync", "early")
-    pair.wait_equal(["early"], 5)
+    pair.b.add_user("early")
+    pair.wait_equal(["early"])
     assert pair.b.tags("early") == ["hello"]
+
+
+def test_a_pass_ends_without_a_user_whom_the_peer_does_not_know(pair: Pair) -> None:
+    pair.a.add_user("alone")
+    pair.a.deliver("alone", "hello")
+    wait_for("it is visible", lambda: "alone" in pair.a.status()["failing"])
+    said = pair.a.run("pairsync", "refill", check=False).splitlines()[-1]
+    assert said == "done, but for 1 that are tried again: alone"
+    pair.b.add_user("alone")
+    pair.a.run("pairsync", "sync", "alone")
+    pair.wait_equal(["alone"], 5)
+    assert pair.b.tags("alone") == ["hello"]

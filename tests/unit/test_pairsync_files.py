@@ -33,6 +33,16 @@ key = "/k"
 # Markers ---------------------------------------------------------------------------------------
 
 
+def test_changed_subscriptions_are_no_change_and_are_told_once(tmp_path: Path) -> None:
+    markers = Markers([tmp_path])
+    markers.prepare()
+    (tmp_path / "dirty" / "~a%2Fb").touch()
+    assert markers.dirty() == {}
+    assert markers.take_subscribed("a%2Fb") is None
+    assert markers.take_subscribed("~a%2Fb") == "a/b"
+    assert not list((tmp_path / "dirty").iterdir())
+
+
 @given(st.text(min_size=1, max_size=60))
 def test_a_markers_name_tells_the_user(user: str) -> None:
     try:

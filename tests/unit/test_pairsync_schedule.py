@@ -139,7 +139,7 @@ def test_a_new_change_does_not_hurry_a_user_that_fails() -> None:
         (Outcome.CHANGED, DEBOUNCE, False),
         (Outcome.BUSY, 0.2, False),
         (Outcome.PUT_OFF, 0.5, True),
-        (Outcome.UNKNOWN, 30.0, True),
+        (Outcome.UNKNOWN, 0.2, True),
     ],
 )
 def test_how_long_until_the_next_try(outcome: Outcome, wait: float, full: bool) -> None:
@@ -170,6 +170,18 @@ def test_nothing_begins_while_the_peer_is_away() -> None:
     q.notice("u", 1.0)
     assert taken(q, 9.0) == []
     assert q.next_due() is None
+
+
+def test_a_user_at_rest_waits_and_nobody_else_does() -> None:
+    q = queue()
+    q.rest("u", 2.0)
+    q.notice("u", 1.0)
+    q.notice("other", 1.0)
+    assert taken(q, 1.9) == ["other"]
+    assert q.rests("u", 1.9)
+    assert q.next_due() == 2.0
+    assert taken(q, 2.0) == ["u"]
+    assert not q.rests("u", 2.0)
 
 
 def test_the_peers_return_makes_all_due_in_full() -> None:
