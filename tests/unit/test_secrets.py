@@ -20,6 +20,15 @@ from tests.unit.test_loader import EXAMPLE
 PLATFORM = load_platform(EXAMPLE)
 OUT = PLATFORM.members(Role.SMTP_OUT)[0]
 EDGE = PLATFORM.members(Role.FRONTEND)[0]
+#: Logins of submission with the secrets that hold their hashes: users, and owners of mailboxes.
+LOGINS = sorted(
+    [(u.name, f"sasl/{u.name}") for u in PLATFORM.sasl_users.values() if not u.suspended]
+    + [
+        (box.name, f"mailbox/{box.name}")
+        for box in PLATFORM.mailboxes.values()
+        if box.submission and not box.suspended
+    ]
+)
 VALUES = {name: f"<value of {name}>" for name in required(PLATFORM, OUT)}
 
 
@@ -34,7 +43,7 @@ def test_names() -> None:
 def test_smtp_out_needs_signing_keys_logins_and_its_certificate() -> None:
     name = PLATFORM.names.smtp_out
     expected = {f"certificate/{name}/chain", f"certificate/{name}/key"}
-    expected |= {f"sasl/{u.name}" for u in PLATFORM.sasl_users.values() if not u.suspended}
+    expected |= {secret for _, secret in LOGINS}
     expected |= {
         f"dkim/{domain.name}/{key.selector}"
         for domain in PLATFORM.domains.values()
@@ -91,8 +100,7 @@ def test_the_key_is_in_front_of_its_chain() -> None:
 def test_each_login_is_a_line_and_a_suspended_one_is_not() -> None:
     content = compose_secrets(PLATFORM, OUT, VALUES)["/etc/dovecot/sasl-users"].content
     rows = [line for line in content.splitlines() if not line.startswith("#")]
-    active = sorted(u.name for u in PLATFORM.sasl_users.values() if not u.suspended)
-    assert rows == [f"{user}:<value of sasl/{user}>" for user in active]
+    assert rows == [f"{login}:<value of {secret}>" for login, secret in LOGINS]
 
 
 @pytest.mark.parametrize("missing", sorted(VALUES))

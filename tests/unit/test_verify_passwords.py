@@ -10,7 +10,7 @@ import bcrypt
 import pytest
 
 from mailsite.loader import load_platform
-from verify.passwords import FILE, password_of, rehearsal_passwords
+from verify.passwords import FILE, mailbox_password, password_of, rehearsal_passwords
 
 SITE = Path(__file__).resolve().parents[2] / "sites" / "example"
 
@@ -18,11 +18,15 @@ SITE = Path(__file__).resolve().parents[2] / "sites" / "example"
 def test_every_user_gets_a_hash_that_fits_the_password(tmp_path: Path) -> None:
     platform = load_platform(SITE)
     hashes = rehearsal_passwords(tmp_path, platform)
-    assert set(hashes) == {f"sasl/{name}" for name in platform.sasl_users}
-    for name in platform.sasl_users:
-        scheme, _, encoded = hashes[f"sasl/{name}"].partition("}")
+    passwords = {f"sasl/{name}": password_of(tmp_path, name) for name in platform.sasl_users}
+    passwords |= {
+        f"mailbox/{name}": mailbox_password(tmp_path, name) for name in platform.mailboxes
+    }
+    assert set(hashes) == set(passwords)
+    for name, password in passwords.items():
+        scheme, _, encoded = hashes[name].partition("}")
         assert scheme == "{BLF-CRYPT"
-        assert bcrypt.checkpw(password_of(tmp_path, name).encode(), encoded.encode())
+        assert bcrypt.checkpw(password.encode(), encoded.encode())
 
 
 def test_passwords_last_as_long_as_the_state(tmp_path: Path) -> None:
@@ -50,5 +54,5 @@ def test_nobody_else_can_read_them(tmp_path: Path) -> None:
 
 
 def test_an_unknown_user_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LookupError, match="no password of 'nobody'"):
+    with pytest.raises(LookupError, match="no password of 'sasl/nobody'"):
         password_of(tmp_path, "nobody")

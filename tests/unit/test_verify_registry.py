@@ -13,10 +13,12 @@ from verify.registry import Check, Failed, Mode, Phase, Registry, SelectionError
 
 BUILT = {
     *(f"OUT-{n}" for n in range(1, 9)),
+    *(f"IN-{n}" for n in range(1, 8)),
     *(f"SPAM-{n}" for n in (1, 2, 3, 5, 6)),
+    *(f"BOX-{n}" for n in range(1, 11)),
     *(f"EDGE-{n}" for n in range(1, 5)),
     *(f"DNS-{n}" for n in range(1, 4)),
-    *("HOST-1", "HOST-4", "HOST-5", "CHANGE-1", "CHANGE-8"),
+    *("HOST-1", "HOST-4", "HOST-5", "CHANGE-1", "CHANGE-2", "CHANGE-8"),
 }
 
 
@@ -32,8 +34,13 @@ def test_every_id_of_the_tiers_that_exist_has_a_check() -> None:
 def test_the_live_and_quick_sets_are_the_contracts() -> None:
     live = {c.id for c in checks.select(Mode.LIVE)}
     quick = {c.id for c in checks.select(Mode.QUICK)}
-    assert live & BUILT == {"OUT-1", "OUT-2", "DNS-1", "DNS-2", "DNS-3"}
-    assert BUILT - quick == {"OUT-5", "SPAM-3", "SPAM-6", "EDGE-1", "EDGE-3", "HOST-5"}
+    assert live & BUILT == {
+        *("OUT-1", "OUT-2", "IN-1", "IN-3", "BOX-1", "BOX-6", "DNS-1", "DNS-2", "DNS-3"),
+    }
+    assert BUILT - quick == {
+        *("OUT-5", "SPAM-3", "SPAM-6", "BOX-4", "BOX-8", "BOX-10", "EDGE-1", "EDGE-3"),
+        *("HOST-5", "CHANGE-2"),
+    }
 
 
 def test_every_check_says_in_one_line_what_it_shows() -> None:
@@ -44,7 +51,7 @@ def test_every_check_says_in_one_line_what_it_shows() -> None:
 
 def test_a_check_lives_in_the_module_of_its_section() -> None:
     sections = {"OUT": "smtp_out", "IN": "smtp_in", "EDGE": "nginx_streams", "DNS": "mail_dns"}
-    sections |= {"HOST": "host", "CHANGE": "change", "SPAM": "rspamd", "IN": "smtp_in"}
+    sections |= {"HOST": "host", "CHANGE": "change", "SPAM": "rspamd", "BOX": "maildrop"}
     for check in checks.all():
         assert check.function.__module__ == f"verify.{sections[check.id.partition('-')[0]]}"
 

@@ -9,9 +9,8 @@ import dns.name
 import dns.zone
 import pytest
 
-from mailsite import records
 from mailsite.loader import load_platform
-from mailsite.model import Platform
+from mailsite.model import Platform, Role
 from rehearsal.world import knot, plan, zones
 
 SITES = Path(__file__).parents[2] / "sites"
@@ -204,28 +203,19 @@ def test_what_the_site_forwards_to_leads_to_a_careful_server(
     assert plan.ELSEWHERE.demands is plan.Demand.AUTHORIZED
 
 
-def test_the_mailboxes_are_on_the_old_server_until_the_platform_has_them(
-    platform: Platform, monkeypatch: pytest.MonkeyPatch
+def test_the_mailboxes_are_on_the_old_server_where_the_platform_has_none(
+    platform: Platform,
 ) -> None:
     name = f"{platform.maildrop_domain}."
 
-    def led() -> list[str]:
-        found = zones.world_zones(platform).values()
+    def led(site: Platform) -> list[str]:
+        found = zones.world_zones(site).values()
         return [r.data for z in found for r in z.records if (r.owner, r.type) == (name, "MX")]
 
-    assert led() == [f"10 {plan.HOME.host}."]
-    own = records.Record(
-        zone=platform.domain,
-        name=platform.maildrop_domain,
-        type=records.RecordType.MX,
-        ttl=60,
-        content=f"box.{platform.internal_domain}",
-        priority=10,
-        why="ours",
-        stage=records.Stage.MX,
-    )
-    monkeypatch.setattr(records, "static_records", lambda site: (own,))
-    assert led() == []
+    hosts = {n: h for n, h in platform.hosts.items() if Role.MAILDROP not in h.roles}
+    without = platform.model_copy(update={"hosts": hosts, "maildrop": None})
+    assert led(without) == [f"10 {plan.HOME.host}."]
+    assert led(platform) == []
 
 
 def test_remote_senders_publish_what_vouches_for_them(platform: Platform) -> None:
