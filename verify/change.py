@@ -196,7 +196,7 @@ class Stream:
         recipient = smtp_in.existing(self._ctx)
         rest = 60.0 / self._ctx.platform.inbound.limits.connection_rate * 1.2
         number = 0
-        while not self._over.wait(rest):  # a client that stays below its limit
+        while number == 0 or not self._over.wait(rest):  # a client that stays below its limit
             number += 1
             try:
                 with door.session(self._ctx) as session:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from itertools import chain, islice
 
 from mailsite.model import IPAddress
 
 Enter = Callable[[], AbstractContextManager[object]]
+Pair = tuple[IPv4Address, IPv6Address]
 
 
 @dataclass(frozen=True)
@@ -111,26 +114,29 @@ class Pool:
     """
 
     REST = 75.0
+    BLOCK = 16
+    """Pairs that the place gets at once: one command for each would take longer than a check."""
 
     def __init__(
         self,
-        pairs: Iterator[tuple[IPv4Address, IPv6Address]],
-        add: Callable[[IPv4Address, IPv6Address], None],
+        pairs: Iterator[Pair],
+        add: Callable[..., None],
         rest: float = REST,
     ) -> None:
         """
         Args:
             pairs: Addresses that nobody else uses.
-            add: Makes the place have them.
+            add: Makes the place have those that it is called with.
             rest: Seconds before an address is handed out again.
         """
         self._pairs = pairs
         self._rest = rest
         self._add = add
+        self._fresh: deque[Pair] = deque()
         self._used: list[tuple[float, IPv4Address, IPv6Address]] = []
         self._lock = threading.Lock()
 
-    def __call__(self) -> tuple[IPv4Address, IPv6Address]:
+    def __call__(self) -> Pair:
         """The next pair; waits for one to have rested where there are no new ones.
 
         Raises:
@@ -141,14 +147,16 @@ class Pool:
             self._used.append((time.monotonic(), *pair))
             return pair
 
-    def _rested(self) -> tuple[IPv4Address, IPv6Address]:
+    def _rested(self) -> Pair:
         if self._used and time.monotonic() - self._used[0][0] > self._rest:
             _, ipv4, ipv6 = self._used.pop(0)
             return ipv4, ipv6
-        fresh = next(self._pairs, None)
-        if fresh is not None:
-            self._add(*fresh)
-            return fresh
+        if not self._fresh:
+            self._fresh.extend(islice(self._pairs, self.BLOCK))
+            if self._fresh:
+                self._add(*chain.from_iterable(self._fresh))
+        if self._fresh:
+            return self._fresh.popleft()
         if not self._used:
             raise LookupError("no address is left for a client")
         handed, ipv4, ipv6 = self._used.pop(0)

@@ -136,12 +136,22 @@ class LabWorld:
         expect(mail.accepted, f"{mx} refused mail for {recipient}{self._last_reply(mx, recipient)}")
         return mail
 
-    def replies(self, mx: str, recipient: str) -> list[str]:
-        """What the server answered to mail for ``recipient``, at RCPT and at the end of DATA."""
+    def replies(self, mx: str, recipient: str, sender: str | None = None) -> list[str]:
+        """What the server answered to mail for ``recipient``, at RCPT and at the end of DATA.
+
+        Args:
+            mx: The server.
+            recipient: Envelope recipient.
+            sender: Envelope sender; None: any.
+        """
         if mx == MAILBOXES:  # none hears what is said to smtp-in
             return []
         wanted = recipient.lower()
-        return [e.reply for e in self._world.events(mx) if wanted in e.rcpt_to.lower()]
+        return [
+            e.reply
+            for e in self._world.events(mx)
+            if wanted in e.rcpt_to.lower() and sender in (None, e.mail_from)
+        ]
 
     def _last_reply(self, mx: str, recipient: str) -> str:
         replies = self.replies(mx, recipient)
@@ -551,6 +561,7 @@ class Lab:
             tls=trust(platform),
         )
         self.world = LabWorld(self.outside, state, mailboxes)
+        self._senders: dict[str, RemoteSender] = {}
 
     def machine(self, host: Host) -> LabMachine:
         return LabMachine(host, self.state, self.platform)
@@ -589,7 +600,11 @@ class Lab:
 
     def sender(self, name: str) -> RemoteSender:
         """One of the remote senders of :data:`rehearsal.world.plan.SENDERS`."""
-        sender = plan.SENDERS[name]
+        if name not in self._senders:
+            self._senders[name] = self._sender(plan.SENDERS[name])
+        return self._senders[name]
+
+    def _sender(self, sender: plan.Sender) -> RemoteSender:
         namespace = self.network.namespace("obs-internet")
         ipv4, ipv6 = sender.addresses.ipv4, sender.addresses.ipv6
         Seat(namespace, self.network.addresses("obs-internet")).give(ipv4, ipv6)
@@ -832,23 +847,33 @@ class Seat:
     def __init__(self, namespace: str, addresses: tuple[IPAddress, ...]) -> None:
         self._namespace = namespace
         self._addresses = addresses
+        self._places: dict[IPAddress, tuple[str, int, str]] = {}
 
     def give(self, *more: IPAddress) -> None:
         """Let the namespace have ``more`` addresses, and core know the way to them."""
+        addresses, routes = [], []
         for own in self._addresses:
-            family = f"-{own.version}" if own.version == 6 else "-4"
-            device, length = self._device(own)
-            port = self._port(family, own)
+            device, length, port = self._place(own)
+            nodad = " nodad" if own.version == 6 else ""
             for address in (a for a in more if a.version == own.version):
-                nodad = ["nodad"] if address.version == 6 else []
-                self._ip(
-                    self._namespace, "addr", "replace", f"{address}/{length}", "dev", device, *nodad
-                )
+                addresses.append(f"addr replace {address}/{length} dev {device}{nodad}")
                 if port:
-                    self._ip(network.CORE, family, "route", "replace", str(address), "dev", port)
+                    routes.append(f"route replace {address} dev {port}")
+        for namespace, lines in ((self._namespace, addresses), (network.CORE, routes)):
+            if lines:
+                network.run_in(namespace, ["ip", "-batch", "-"], input="\n".join([*lines, ""]))
+
+    def _place(self, own: IPAddress) -> tuple[str, int, str]:
+        """The device that has an address, the prefix length, and core's device that leads there.
+
+        The latter is empty where core has a route to a network, not to the address alone.
+        """
+        if own not in self._places:
+            device, length = self._device(own)
+            self._places[own] = (device, length, self._port(f"-{own.version}", own))
+        return self._places[own]
 
     def _device(self, own: IPAddress) -> tuple[str, int]:
-        """Which of the namespace's devices has the address, and its prefix length."""
         for link in json.loads(self._ip(self._namespace, "-j", "addr", "show", "to", str(own))):
             for info in link.get("addr_info", ()):
                 if info.get("local") == str(own):
@@ -856,7 +881,6 @@ class Seat:
         raise LookupError(f"{self._namespace} has not {own}")
 
     def _port(self, family: str, own: IPAddress) -> str:
-        """The device in core that leads to the address alone; empty where a network does."""
         routes = json.loads(
             self._ip(network.CORE, "-j", family, "route", "show", "exact", str(own))
         )

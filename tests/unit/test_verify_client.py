@@ -10,6 +10,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import pytest
 
+from mailsite.model import IPAddress
 from verify.client import Client, Observer, Pool
 from verify.registry import Failed
 from verify.smtp import Refused, Session, letter
@@ -21,19 +22,19 @@ def pairs(count: int) -> Iterator[tuple[IPv4Address, IPv6Address]]:
 
 
 def test_a_client_has_addresses_that_no_other_had() -> None:
-    given: list[IPv4Address] = []
-    pool = Pool(pairs(3), lambda ipv4, ipv6: given.append(ipv4))
+    given: list[IPAddress] = []
+    pool = Pool(pairs(20), lambda *addresses: given.extend(addresses))
     observer = Observer("somewhere", addresses=pool)
-    clients = [observer.client() for _ in range(3)]
-    assert len({c.ipv4 for c in clients}) == 3
-    assert given == [c.ipv4 for c in clients]
+    clients = [observer.client() for _ in range(20)]
+    assert len({c.ipv4 for c in clients}) == 20
+    assert given == [a for c in clients for a in (c.ipv4, c.ipv6)]
     assert str(clients[0]) == "somewhere (192.0.2.0, 2001:db8::)"
 
 
 def test_an_address_that_has_rested_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr("verify.client.time.sleep", slept.append)
-    pool = Pool(pairs(1), lambda ipv4, ipv6: None)
+    pool = Pool(pairs(1), lambda *addresses: None)
     first = pool()
     assert pool() == first
     assert slept and 55 < slept[0] <= Pool.REST
@@ -41,7 +42,7 @@ def test_an_address_that_has_rested_is_used_again(monkeypatch: pytest.MonkeyPatc
 
 def test_a_place_without_addresses_says_so() -> None:
     with pytest.raises(LookupError, match="no address is left"):
-        Pool(pairs(0), lambda ipv4, ipv6: None)()
+        Pool(pairs(0), lambda *addresses: None)()
 
 
 def test_an_observer_without_addresses_leaves_them_to_the_kernel() -> None:
