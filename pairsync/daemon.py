@@ -299,10 +299,11 @@ class Daemon:
         try:
             result = await run
         except asyncio.CancelledError:
-            if not self._peer.up:
-                result = Result(Outcome.PUT_OFF, 0.0, 0, "the peer went away")
-            else:
+            me = asyncio.current_task()
+            if me is not None and me.cancelling():
                 raise
+            # Only the run was: the peer went away. It may be back by now.
+            result = Result(Outcome.PUT_OFF, 0.0, 0, "the peer went away")
         except Exception as error:
             notify.log(notify.ERROR, f"{user}: a defect: {traceback.format_exc()}")
             result = Result(Outcome.FAILED, 0.0, 0, f"a defect of pairsync: {error!r}")
@@ -320,6 +321,7 @@ class Daemon:
                 self._counts.lag(now - first)
             self._dovecot_problem = ""
         elif outcome is Outcome.GONE:
+            self._unsettled.forget(user)
             notify.log(notify.WARNING, f"{user}: no such user any more, not synchronised")
         else:
             if first is not None:

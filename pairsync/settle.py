@@ -38,6 +38,11 @@ class Unsettled:
             self._since.pop(user, None)
             self._last.pop(user, None)
 
+    def forget(self, user: str) -> None:
+        """The user is gone."""
+        for times in (self._guests, self._since, self._last):
+            times.pop(user, None)
+
     def due(self, now: float) -> list[str]:
         """Users that need a full run now."""
         for user in [u for u, at in self._guests.items() if at < now - _TOGETHER]:

@@ -62,7 +62,7 @@ def test_other_names_are_no_markers(name: str) -> None:
 
 @pytest.mark.skipif(shutil.which("lua") is None, reason="no lua here; Dovecot's runs the hook too")
 def test_the_hook_names_markers_alike() -> None:
-    hook = (CODE / "notify.lua").read_text().split("local function mark(")[0]
+    hook = (CODE / "notify.lua").read_text().split("local function leave(")[0]
     for user in ("u1", "u@example.org", ".x", "a b/c", "ü%"):
         said = subprocess.run(
             ["lua", "-e", hook + "io.write(file_name(arg[1]))", "x", user],

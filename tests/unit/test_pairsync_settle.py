@@ -23,6 +23,14 @@ def test_changes_during_a_run_count_too_and_in_a_full_one_again() -> None:
     assert unsettled.due(14.0) == ["u"]
 
 
+def test_a_user_who_is_gone_needs_none() -> None:
+    unsettled = Unsettled()
+    unsettled.ran("u", 10.0, full=False, changed=True)
+    unsettled.forget("u")
+    assert len(unsettled) == 0
+    assert unsettled.due(20.0) == []
+
+
 def test_who_never_rests_gets_one_nevertheless() -> None:
     unsettled = Unsettled()
     now, due = 10.0, []
