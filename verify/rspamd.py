@@ -271,8 +271,9 @@ def doubtful_mail_comes_twice(ctx: Context) -> str:
             known = remembered(ctx)
             code, text = offer(ctx, first, mail)
             expect(400 <= code < 500, f"{first}: a first try is answered with {code} {text}")
-            code, text = offer(ctx, other, mail)
-            expect(400 <= code < 500, f"{other}: a retry at once is answered with {code} {text}")
+            # On the same member: another would remember this one, and need not know of the first.
+            code, text = offer(ctx, first, mail)
+            expect(400 <= code < 500, f"{first}: a retry at once is answered with {code} {text}")
             let_it_be_later(ctx, known)
             code, text = offer(ctx, other, mail)
         expect(code == 250, f"{other}: the retry after the wait is answered with {code} {text}")
@@ -296,25 +297,11 @@ def mail_does_not_wait_for_the_dead(ctx: Context) -> str:
 
     def timed(what: str, expect_seen: bool) -> None:
         """Mail through every member, in and out, and GTUBE to see that somebody looks at it."""
-        slowest[what] = max(_passages(ctx, what))
+        slowest[what] = max(slowest.get(what, 0.0), *_passages(ctx, what))
         for door in first_doors(ctx, lab.sender("bare")) if expect_seen else ():
             code, text = offer(ctx, door, spam(ctx, lab.sender("bare")))
             expect(500 <= code < 600, f"{door}, {what}: GTUBE is answered with {code} {text}")
 
-    for member in members:
-        machine = lab.machine(member)
-        machine.kill()
-        try:
-            timed("one without power", True)
-        finally:
-            machine.start()
-            _serving(ctx, member)
-    one = lab.machine(members[0])
-    one.run("systemctl", "kill", "--signal=STOP", "--kill-whom=all", "rspamd.service")
-    try:
-        timed("one that hangs", False)
-    finally:
-        one.run("systemctl", "kill", "--signal=CONT", "--kill-whom=all", "rspamd.service")
     with _all_stopped(ctx):
         timed("all of them dead", False)
         for host in (*mx_members(ctx), *ctx.members):
@@ -324,6 +311,21 @@ def mail_does_not_wait_for_the_dead(ctx: Context) -> str:
                 f"{host.name}: with all members dead, no warning about {words} shows",
             )
     each(members, lambda member: _serving(ctx, member))
+    _seen_again(ctx)
+    one = lab.machine(members[0])
+    one.run("systemctl", "kill", "--signal=STOP", "--kill-whom=all", "rspamd.service")
+    try:
+        timed("one that hangs", False)
+    finally:
+        one.run("systemctl", "kill", "--signal=CONT", "--kill-whom=all", "rspamd.service")
+    for member in members:
+        machine = lab.machine(member)
+        machine.kill()
+        try:
+            timed("one without power", True)
+        finally:
+            machine.start()
+            _serving(ctx, member)
     _seen_again(ctx)
     times = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in slowest.items())
     return f"slowest mail with members of the filter dead: {times}; warned of, and looked at again"
@@ -456,7 +458,7 @@ def memory_and_controller_are_closed(ctx: Context) -> str:
         for service in services(ctx)
         for address in ctx.internal(member)
     ]
-    reached = each(cases, look, workers=96)
+    reached = each(cases, look, workers=len(cases))  # each waits for its own silence
     each(filters(ctx), lambda member: _expect_passwords(ctx, member))
     return (
         f"{len(cases)} ways from {len(places)} places: {sum(reached)} answer, as the roles say;"

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from mailsite.model import Host
+from verify import rspamd
 from verify.context import Context, eventually
 from verify.rspamd import mx_members
 from verify.spam_filter import filters
@@ -17,6 +18,14 @@ from .faults import changed_by_hand, edit, expect_green, expect_red, setting
 POSTFIX, RSPAMD = "postfix.service", "rspamd.service"
 LOCAL = "/etc/rspamd/local.d"
 CONTROLLER = "/etc/rspamd/override.d/worker-controller.inc"
+
+
+@pytest.fixture
+def alone(platform_up: Context, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """A member of the MX that checks take for the only one: they take less time."""
+    member = mx_members(platform_up)[-1]
+    monkeypatch.setattr(rspamd, "mx_members", lambda context: (member,))
+    return member
 
 
 @contextmanager
@@ -64,19 +73,20 @@ def open_port(context: Context, host: Host, port: int) -> Iterator[None]:
         machine.run("nft", "-f", "-", input=f"delete table inet mail\n{rules}")
 
 
-def test_a_member_without_the_filter_turns_spam_1_red(platform_up: Context) -> None:
-    member = mx_members(platform_up)[-1]
-    with changed_by_hand(platform_up, member, setting("smtpd_milters="), restart=POSTFIX):
-        expect_red(platform_up, "SPAM-1", f"{member.name}.*GTUBE is answered with 250")
+def test_a_member_without_the_filter_turns_spam_1_red(platform_up: Context, alone: Host) -> None:
+    with changed_by_hand(platform_up, alone, setting("smtpd_milters="), restart=POSTFIX):
+        expect_red(platform_up, "SPAM-1", f"{alone.name}.*GTUBE is answered with 250")
     expect_green(platform_up, "SPAM-1")
 
 
+@pytest.mark.usefixtures("alone")
 def test_another_score_turns_spam_1_red(platform_up: Context) -> None:
     score = edit(f"{LOCAL}/actions.conf", "s/^add_header = .*/add_header = 14.9;/")
     with changed_everywhere(platform_up, score):
         expect_red(platform_up, "SPAM-1", "doubtful mail arrived with 0 headers X-Spam")
 
 
+@pytest.mark.usefixtures("alone")
 def test_results_that_are_not_told_turn_spam_1_red(platform_up: Context) -> None:
     silent = edit(f"{LOCAL}/milter_headers.conf", "s/^use = .*/use = [];/")
     with changed_everywhere(platform_up, silent):
