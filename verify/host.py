@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import dns.rcode
 
 from mailsite.bundle import compose
 from mailsite.model import Host, Role
-from verify import addresses, smtp_in
+from verify import addresses, maildrop, smtp_in
 from verify.client import Client
 from verify.context import Context, each, eventually, expect
 from verify.lab import AGENT, LabMachine, RemoteSender
@@ -342,7 +343,32 @@ _REPLICATION = (
 )
 
 
-TIERS: tuple[Tier, ...] = (Outbound(), Inbound(), Filter())
+class Mailboxes(Tier):
+    """Its mail is still there, and both replicas are equal again."""
+
+    role = Role.MAILDROP
+    packages = frozenset({"postfix", "dovecot-core", "dovecot-imapd", "dovecot-lmtpd"})
+
+    def leave(self, ctx: Context, member: Host) -> str:
+        owner = maildrop.owners(ctx)[0]
+        mail = maildrop.mail_for(ctx, owner)
+        maildrop.hand_over(ctx, member, mail)
+        return mail.token
+
+    def find(self, ctx: Context, member: Host, left: str) -> None:
+        owner = maildrop.owners(ctx)[0]
+        mail = maildrop.mail_for(ctx, owner)
+        maildrop.hand_over(ctx, member, mail)
+
+        def complete(found: maildrop.Contents) -> None:
+            names = " ".join(name for _, name, _ in found.mails)
+            for token in (left, mail.token):
+                expect(names.count(token) == 1, f"{member.name}: a mail of {owner.user} is lost")
+
+        maildrop.await_equal(ctx, owner, complete, time.monotonic())
+
+
+TIERS: tuple[Tier, ...] = (Outbound(), Inbound(), Filter(), Mailboxes())
 
 
 @check("HOST-5", disruptive=True)

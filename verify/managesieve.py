@@ -124,6 +124,14 @@ class Session:
         self._socket.sendall(sent)
         return self._reply()
 
+    def answer(self) -> Reply:
+        """What the server says next by itself.
+
+        Raises:
+            OSError: It hung up, or says nothing.
+        """
+        return self._reply()
+
     def _expect_ok(self, what: str, reply: Reply) -> Reply:
         if reply.verdict != "OK":
             raise Failed(f"{self.where}: {what} is answered with {reply.verdict} {reply.text}")

@@ -1,17 +1,21 @@
-"""EDGE: what clients see of the frontends in front of the submission service."""
+"""EDGE: what clients see of the frontends in front of submission and the mailboxes."""
 
 from __future__ import annotations
 
 import http.client
 import smtplib
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Address, ip_address
 from socket import AF_INET, AF_INET6, SOCK_DGRAM
 
 from mailsite.bundle import compose
 from mailsite.model import Host, IPAddress, Platform
+from mailsite.roles.dovecot import PROXIED_IMAPS, PROXIED_MANAGESIEVE
+from verify import imap, maildrop, managesieve
 from verify.client import Observer
 from verify.context import SUBMISSION, SUBMISSION_PROXY, Context, each, eventually, expect
 from verify.registry import Failed, check
@@ -24,7 +28,12 @@ PATIENCE = 3.0
 
 @check("EDGE-1", disruptive=True)
 def backups_take_over(ctx: Context) -> str:
-    """With the primary dead logins go to a backup within 3 s, and back when it returns."""
+    """With a primary dead logins go to a backup within 3 s, and back when it returns."""
+    told = _submission_taken_over(ctx)
+    return f"{told}; {_mailboxes_taken_over(ctx)}" if ctx.platform.replicas else told
+
+
+def _submission_taken_over(ctx: Context) -> str:
     machine = ctx.lab.machine(ctx.platform.hosts[ctx.platform.outbound.primary])
     eventually(
         lambda: _all_reach(ctx, machine.name), seconds=30, every=1.0, what="the primary, alive"
@@ -49,6 +58,93 @@ def backups_take_over(ctx: Context) -> str:
         f"reached {', '.join(sorted(reached))}, slowest {slowest:.1f} s, {retries} of them on the "
         f"retry; back on the primary {back - returned:.0f} s after it started"
     )
+
+
+def _mailboxes_taken_over(ctx: Context) -> str:
+    """The same for 993 and 4190: the primary replica dies."""
+    first, second = maildrop.replicas(ctx)
+    machine = ctx.lab.machine(first)
+    _all_open(ctx, first)
+    machine.kill()
+    try:
+        opened = each(_mailbox_doors(ctx), lambda door: _open_or_retry(ctx, door))
+        opened += each(_mailbox_doors(ctx), lambda door: _open_or_retry(ctx, door))
+        eventually(partial(_all_open, ctx, second), seconds=PATIENCE * 10, every=1.0)
+    finally:
+        machine.start()
+    returned = time.monotonic()
+    eventually(
+        partial(_all_open, ctx, first), seconds=60, every=1.0, what="the primary replica to return"
+    )
+    back = time.monotonic() - returned
+    slowest, retries = max(s for s, _ in opened), sum(retried for _, retried in opened)
+    return (
+        f"{first.name} dead: {len(opened)} logins on {imap.IMAPS} and {managesieve.MANAGESIEVE}"
+        f" reached {second.name}, slowest {slowest:.1f} s, {retries} of them on the retry; back on"
+        f" the primary {back:.0f} s after it started"
+    )
+
+
+@dataclass(frozen=True)
+class _MailboxDoor:
+    """A way to the mailboxes through a frontend, by IMAP or by ManageSieve."""
+
+    door: maildrop.Door
+    port: int
+
+    def login(self, ctx: Context) -> None:
+        owner = maildrop.owners(ctx)[0]
+        if self.port == imap.IMAPS:
+            with self.door.enter(ctx, owner):
+                return
+        with self.door.filters(ctx, owner):
+            return
+
+    def __str__(self) -> str:
+        return f"{self.door}, port {self.port}"
+
+
+def _mailbox_doors(ctx: Context) -> list[_MailboxDoor]:
+    """Every frontend address by IMAP, and from where it is allowed by ManageSieve."""
+    return [
+        *(_MailboxDoor(d, imap.IMAPS) for d in maildrop.frontend_doors(ctx)),
+        *(
+            _MailboxDoor(d, managesieve.MANAGESIEVE)
+            for d in maildrop.frontend_doors(ctx, maildrop.editor(ctx))
+        ),
+    ]
+
+
+def _open_or_retry(ctx: Context, door: _MailboxDoor) -> tuple[float, bool]:
+    """A client's login: it tries once more. Returns the slower try's seconds, and whether."""
+    slower, failures = 0.0, []
+    for retried in (False, True):
+        started = time.monotonic()
+        try:
+            door.login(ctx)
+        except (OSError, imap.Error, Failed) as error:
+            failures.append(str(error))
+        slower = max(slower, time.monotonic() - started)
+        expect(slower <= PATIENCE, f"{door}: a login took {slower:.1f} s: {failures}")
+        if len(failures) <= retried:
+            return slower, retried
+    raise Failed(f"{door}: two logins in a row failed: {'; '.join(failures)}")
+
+
+def _all_open(ctx: Context, replica: Host) -> None:
+    """Each login is one of ``replica``'s, whose log shows the client's own address."""
+    doors = _mailbox_doors(ctx)
+    each(doors, lambda door: door.login(ctx))
+    machine = ctx.lab.machine(replica)
+
+    def logged(door: _MailboxDoor) -> None:
+        address = door.door.client.source(door.door.address)
+        expect(
+            machine.logged("dovecot", f"rip={address},", "Logged in: user="),
+            f"{door}: Dovecot's journal on {replica.name} shows no login of {address}",
+        )
+
+    each(doors, lambda door: eventually(partial(logged, door), seconds=5))
 
 
 def _login(ctx: Context, door: Door) -> tuple[str, float]:
@@ -113,12 +209,64 @@ def clients_are_known(ctx: Context) -> str:
         for address in ctx.internal(m)
         for port in (SUBMISSION, SUBMISSION_PROXY)
     ]
-    each([*known, *claims, *smuggled, *relays], lambda look: look(), workers=32)
+    forged = [*_forgeries(ctx, strangers)] if ctx.platform.replicas else []
+    if ctx.platform.replicas:
+        _all_open(ctx, maildrop.replicas(ctx)[0])
+    looks: list[Callable[[], None]] = [*known, *claims, *smuggled, *relays, *forged]
+    each(looks, lambda look: look(), workers=32)
     return (
         f"client addresses in Postfix's and Dovecot's logs and in Received on {len(known)} ways; "
         f"PROXY headers refused on {len(claims)} ways from elsewhere and {len(smuggled)} through "
-        f"frontends; the {len(ctx.frontends)} frontends may not relay"
+        f"frontends, and for the mailboxes on {len(forged)}; the "
+        f"{len(ctx.frontends)} frontends may not relay"
     )
+
+
+def _forgeries(ctx: Context, strangers: list[Observer]) -> Iterator[Callable[[], None]]:
+    """Each way to the mailboxes on which somebody claims another address."""
+    ports = (imap.IMAPS, PROXIED_IMAPS, managesieve.MANAGESIEVE, PROXIED_MANAGESIEVE)
+    for observer in strangers:
+        client = observer.client()
+        for replica in maildrop.replicas(ctx):
+            for address in ctx.internal(replica):
+                door = maildrop.Door(client, replica.name, address, replica)
+                yield from (partial(_is_not_believed, ctx, door, port) for port in ports)
+    for door in maildrop.frontend_doors(ctx):
+        yield partial(_is_not_believed, ctx, door, imap.IMAPS)
+    for door in maildrop.frontend_doors(ctx, maildrop.editor(ctx)):
+        yield partial(_is_not_believed, ctx, door, managesieve.MANAGESIEVE)
+
+
+def _is_not_believed(ctx: Context, door: maildrop.Door, port: int) -> None:
+    """A PROXY header is no header: nobody greets after it, or it is taken for a command."""
+    header = _proxy_header(_loopback(door.address), door.address)
+    taken = f"{door}: port {port} takes a PROXY header"
+    if port in (imap.IMAPS, PROXIED_IMAPS):
+        try:
+            session = imap.Session(
+                door.client,
+                door.address,
+                port,
+                tls=ctx.tls(),
+                name=ctx.platform.names.imap,
+                preamble=header,
+                timeout=3.0,
+            )
+        except (OSError, imap.Error):
+            return
+        session.shutdown()
+        raise Failed(taken)
+    try:
+        filters = managesieve.Session(door.client, door.address, port, preamble=header, timeout=3.0)
+    except (OSError, Failed):
+        return
+    with filters:  # it greets before it reads
+        expect(port == managesieve.MANAGESIEVE, taken)
+        try:
+            verdict = filters.answer().verdict
+        except OSError:
+            verdict = "silence"
+        expect(verdict in ("NO", "BYE"), f"{taken}: it is answered with {verdict}")
 
 
 def _is_known(ctx: Context, door: Door, domain: str) -> None:
@@ -259,6 +407,9 @@ def _elsewhere(ctx: Context) -> str:
 def frontends_are_independent(ctx: Context) -> str:
     """Every frontend serves both families, and losing one leaves the others serving."""
     each(frontend_doors(ctx), lambda door: _login(ctx, door))
+    boxes = _mailbox_doors(ctx) if ctx.platform.replicas else []
+    for box in boxes:
+        box.login(ctx)
     lost = []
     for frontend in ctx.frontends:
         machine = ctx.lab.machine(frontend)
@@ -268,6 +419,9 @@ def frontends_are_independent(ctx: Context) -> str:
             others = [d for d in frontend_doors(ctx) if d.name != frontend.name]
             each(gone, lambda door: _is_gone(door))
             each(others, lambda door: _login(ctx, door))
+            for box in boxes:
+                if box.door.name != frontend.name:
+                    box.login(ctx)
         finally:
             machine.start()
         mine = [d for d in frontend_doors(ctx) if d.name == frontend.name]
@@ -277,10 +431,13 @@ def frontends_are_independent(ctx: Context) -> str:
             every=0.5,
             what=f"{frontend.name} to serve again",
         )
+        for box in boxes:
+            if box.door.name == frontend.name:
+                eventually(partial(box.login, ctx), seconds=60, every=0.5, what=f"{box} to serve")
         lost.append(frontend.name)
     return (
-        f"{len(ctx.doors)} addresses serve; lost in turn: {', '.join(lost)}; the others served "
-        "both families, and each came back"
+        f"{len(ctx.doors)} addresses serve submission, mailboxes and filters; lost in turn: "
+        f"{', '.join(lost)}; the others served both families, and each came back"
     )
 
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import partial
+from secrets import token_hex
 from typing import TYPE_CHECKING
 
 from mailsite.model import DELIMITER, Host, IPAddress, MailboxTarget, Role
+from verify import imap, maildrop
 from verify.client import Client, Observer
 from verify.context import Context, each, eventually, expect
 from verify.mailbox import MAILBOXES
@@ -639,3 +641,81 @@ def _returned(ctx: Context, member: Host) -> None:
             )
 
     eventually(look, seconds=60, every=0.3, what=f"{member.name} to follow the new writer")
+
+
+# -- SPAM-4 -------------------------------------------------------------------------------------
+
+LEARNED = 30.0
+"""Seconds in which a message that was moved is learned, and known to all members."""
+
+
+@check("SPAM-4", quick=True)
+def moves_are_learned(ctx: Context) -> str:
+    """A message moved into Junk is learned as spam once, out of it as ham; all members know."""
+    owner = maildrop.owners(ctx)[0]
+    mail = maildrop.mail_for(ctx, owner)
+    words = " ".join(token_hex(4) for _ in range(60))  # too few would teach nothing
+    mail = replace(mail, content=mail.content + f"{words}\r\n".encode())
+    maildrop.hand_over(ctx, maildrop.replicas(ctx)[0], mail)
+    before = _learned_everywhere(ctx)
+
+    def counted(spam: int, ham: int) -> None:
+        found = {m.name: _learned(ctx, m) for m in filters(ctx)}
+        wanted = (before[0] + spam, before[1] + ham)
+        wrong = [f"{name}: {got}" for name, got in found.items() if got != wanted]
+        expect(not wrong, f"learned spam and ham are {'; '.join(wrong)}, not {wanted}")
+
+    with maildrop.frontend_doors(ctx)[0].enter(ctx, owner) as session:
+        _move(session, mail, "INBOX", "Junk")
+        eventually(lambda: counted(1, 0), seconds=LEARNED, what="a message moved into Junk")
+        # The move reaches the other replica, which must not learn it again.
+        for replica in maildrop.replicas(ctx):
+            with maildrop.direct(ctx, replica).enter(ctx, owner) as other:
+                eventually(lambda s=other: _number(s, mail, "Junk"), seconds=LEARNED)  # type: ignore[misc]
+        counted(1, 0)
+        _move(session, mail, "Junk", "INBOX")
+        # What was learned as spam and is none is taken back.
+        eventually(lambda: counted(0, 1), seconds=LEARNED, what="a message moved out of Junk")
+    return (
+        f"a message of {owner.user} moved into Junk is learned as spam once, moved out as ham;"
+        f" {', '.join(m.name for m in filters(ctx))} know it"
+    )
+
+
+def _move(session: imap.Session, mail: Letter, source: str, target: str) -> None:
+    number = eventually(lambda: _number(session, mail, source), seconds=PROMPT)
+    session.look_into(source, readonly=False)
+    session.told("MOVE", session.xatom("MOVE", number, target))
+    session.unselect()
+
+
+def _number(session: imap.Session, mail: Letter, folder: str) -> str:
+    session.look_into(folder)
+    found = session.told("SEARCH", session.search(None, "HEADER", "X-Probe", mail.token))
+    session.unselect()
+    numbers = (found[0] or b"").split()
+    expect(len(numbers) == 1, f"{len(numbers)} copies of a mail are in {folder}, not 1")
+    return str(numbers[0].decode())
+
+
+def _learned(ctx: Context, member: Host) -> tuple[int, int]:
+    """How much spam and ham was learned, as a member's own copy of the memory says."""
+    with redis(ctx, member) as memory:
+        prefixes = {*memory.texts("SMEMBERS", "BAYES_SPAM_keys")}
+        prefixes |= {*memory.texts("SMEMBERS", "BAYES_HAM_keys")}
+        spam, ham = (
+            sum(int(memory.text("HGET", prefix, what) or 0) for prefix in prefixes)
+            for what in ("learns_spam", "learns_ham")
+        )
+    return spam, ham
+
+
+def _learned_everywhere(ctx: Context) -> tuple[int, int]:
+    """The same, once all members agree."""
+
+    def look() -> tuple[int, int]:
+        found = {_learned(ctx, member) for member in filters(ctx)}
+        expect(len(found) == 1, f"the members know different numbers: {sorted(found)}")
+        return found.pop()
+
+    return eventually(look, seconds=LEARNED)
