@@ -340,6 +340,8 @@ def test_postfix_settings_in_force(image: Image, case: Case) -> None:
         "smtpd_banner": f"{name} ESMTP Postfix ({case.host.name})",
         "smtpd_sasl_auth_enable": "no",
         "smtpd_relay_restrictions": "permit_mynetworks, reject_unauth_destination",
+        "smtpd_relay_before_recipient_restrictions": "no",
+        "unknown_address_reject_code": "550",
         "smtpd_forbid_bare_newline": "normalize",
         "milter_default_action": "accept",
         "smtpd_milters": "{ inet:127.0.0.1:11332, default_action=accept, connect_timeout=1s,"
