@@ -114,6 +114,7 @@ class Daemon:
             self._states,
             self._scripts,
             self._suspects,
+            self.rests,
         )
         self._wake = asyncio.Event()
         self._runs: set[asyncio.Task[Result]] = set()

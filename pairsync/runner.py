@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +108,7 @@ class Runner:
         states: States,
         scripts: Scripts | None,
         suspects: set[str],
+        rests: Callable[[str], bool],
     ) -> None:
         self._config = config
         self._doveadm = doveadm
@@ -117,6 +118,7 @@ class Runner:
         self._states = states
         self._scripts = scripts
         self._suspects = suspects
+        self._rests = rests
         self.renumbered = 0
         self._slots = [
             _Slot(config.files.run / f"slot-{number}") for number in range(config.sync.parallel)
@@ -160,6 +162,8 @@ class Runner:
                 if grant.repair is not None:
                     await self._repair(job.user, grant.repair, grant)
                     state, seconds = "", sync.silence_full
+                if self._rests(job.user):
+                    return Outcome.BUSY, ""
                 traffic.count(0)
                 self._suspects.add(job.user)
                 carrier = _Carrier(slot, grant, traffic, seconds)

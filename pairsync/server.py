@@ -203,6 +203,9 @@ class Server:
         try:
             mine = await self._deletions(user, deleted)
             local_reader, local = await self._doveadm.connect()
+            if self._guests.rests(user):
+                await send(writer, {"busy": True})
+                return
             if suspect:
                 await self._repair(reader, writer, user, mine)
             else:
