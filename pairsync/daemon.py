@@ -173,7 +173,7 @@ class Daemon:
                 self._rescan()
             elif user := user_name(event.name):
                 self._notice(user, time.time())
-            elif user := self._markers.take_folders_changed(event.name):
+            elif user := self._markers.take_subscribed(event.name):
                 left = 1.0 - time.time() % 1.0 + _CLOCKS_APART
                 self._queue.rest(user, time.monotonic() + left)
         self._wake.set()

@@ -6,10 +6,10 @@ second, so a change during the run makes a marker of its own; success removes th
 else, a crash too, renames it back. Hence a marker is gone only after a successful run that began
 after the change.
 
-``dirty/~USER``: a folder was made or renamed, or subscriptions changed, just now. dsync knows the
-second of such a change, no more, and of two in the same second it takes either. So what was
-carried within its second could not be changed again within it, on either server: the daemon takes
-this file away, and lets no run for the user begin before the second is over.
+``dirty/~USER``: subscriptions changed just now. dsync knows the second of such a change, no more,
+and of two in the same second it takes that which subscribes. So one that was carried within its
+second could not be taken back within it, on either server: the daemon takes this file away, and
+lets no run for the user begin before the second is over.
 
 There are two places: the state on disk, and /run for when that disk is full.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789@_+=.-")
 _PROBE = ".probe"
-_FOLDERS = "~"
+_SUBSCRIBED = "~"
 _BEGUN = ("running", "guest")
 
 
@@ -73,7 +73,7 @@ class Markers:
             for name in _BEGUN:
                 for left in (place / name).iterdir():
                     left.rename(place / "dirty" / left.name)
-            for old in (place / "dirty").glob(f"{_FOLDERS}*"):
+            for old in (place / "dirty").glob(f"{_SUBSCRIBED}*"):
                 old.unlink()
 
     def dirty(self) -> dict[str, float]:
@@ -90,9 +90,9 @@ class Markers:
                         found[user] = min(changed, found.get(user, changed))
         return found
 
-    def take_folders_changed(self, name: str) -> str | None:
-        """The user whose folders changed; None where ``name`` is no such file's."""
-        user = user_name(name[1:]) if name.startswith(_FOLDERS) else None
+    def take_subscribed(self, name: str) -> str | None:
+        """The user whose subscriptions changed; None where ``name`` is no such file's."""
+        user = user_name(name[1:]) if name.startswith(_SUBSCRIBED) else None
         if user is not None:
             for folder in self.folders:
                 (folder / name).unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 -- named after the user. It is opened to append and nothing is written: its time stays that of
 -- the first change, it takes no space, and closing it wakes the daemon each time.
 -- A disk that takes no new file must not keep mail out: then the marker goes to /run.
--- A change of folders or subscriptions leaves one more before it, with ~ in front: see markers.py.
+-- A change of subscriptions leaves one more before it, with ~ in front: see markers.py.
 
 local folders = { "/var/lib/pairsync/dirty/", "/run/pairsync/dirty/" }
 
@@ -35,7 +35,7 @@ end
 
 -- Dovecot tells of those changes only for which there is a function.
 local function noted(user, event) end
-local function folder_changed(user, event)
+local function subscribed(user, event)
   leave(user, "~")
 end
 
@@ -46,8 +46,8 @@ dovecot_lua_notify_event_message_read = noted
 dovecot_lua_notify_event_message_trash = noted
 dovecot_lua_notify_event_flags_set = noted
 dovecot_lua_notify_event_flags_clear = noted
-dovecot_lua_notify_event_mailbox_create = folder_changed
+dovecot_lua_notify_event_mailbox_create = noted
 dovecot_lua_notify_event_mailbox_delete = noted
-dovecot_lua_notify_event_mailbox_rename = folder_changed
-dovecot_lua_notify_event_mailbox_subscribe = folder_changed
-dovecot_lua_notify_event_mailbox_unsubscribe = folder_changed
+dovecot_lua_notify_event_mailbox_rename = noted
+dovecot_lua_notify_event_mailbox_subscribe = subscribed
+dovecot_lua_notify_event_mailbox_unsubscribe = subscribed

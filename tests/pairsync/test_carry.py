@@ -139,17 +139,6 @@ def test_subscriptions_changed_back_and_forth_are_carried(pair: Pair, user: str)
         assert server.contents(user)["subscribed"] == (["Work"] if number % 2 == 0 else [])
 
 
-def test_a_folder_renamed_again_and_again_has_the_last_name(pair: Pair, user: str) -> None:
-    folders(pair.a, user, ("create", "Work-0"))
-    for number in range(6):
-        pair.wait_quiet()  # A run that is on would carry the change within its second.
-        server = pair.both[number // 2 % 2]
-        folders(server, user, ("rename", f"Work-{number}", f"Work-{number + 1}"))
-        pair.wait_equal([user], 8)
-        found = server.contents(user)["folders"]
-        assert [name for name in found if name.startswith("Work")] == [f"Work-{number + 1}"]
-
-
 @pytest.mark.parametrize("how", ["managesieve", "doveadm"])
 def test_a_deleted_script_stays_deleted(pair: Pair, how: str) -> None:
     (user,) = pair.fresh(1)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from imaplib import IMAP4
@@ -29,8 +28,6 @@ class Client:
         self.mails: list[str] = []
         self.expunged: list[str] = []
         self._count = 0
-        self._folders: list[str] = []
-        self._named_at = 0
         self._scripts: list[str] = []
 
     def step(self) -> None:
@@ -66,13 +63,19 @@ class Client:
                 which = self._chance.choice(["1", "*", "1:*"])
                 imap.store(which, f"{sign}FLAGS", f"({flag})")
 
+    def _folders(self, imap: IMAP4) -> list[str]:
+        """Those that were made here, by the names that they have now."""
+        rows = [row.decode().split()[-1] for row in imap.list()[1] if isinstance(row, bytes)]
+        return sorted(name for name in rows if name.startswith(self.own))
+
     def move(self) -> None:
-        if self.mails and self._folders:
-            with self.server.imap(self.user) as imap:
+        with self.server.imap(self.user) as imap:
+            folders = self._folders(imap)
+            if self.mails and folders:
                 number = self._select(imap, self._chance.choice(self.mails))
-                if number:
-                    said = imap.xatom("MOVE", number, self._chance.choice(self._folders))
-                    assert said[0] == "OK", said
+                folder = self._chance.choice(folders)
+                if number and imap.xatom("MOVE", number, folder)[0] != "OK":
+                    assert folder not in self._folders(imap), folder
 
     def expunge(self) -> None:
         if self.mails:
@@ -86,36 +89,34 @@ class Client:
                     self.expunged.append(tag)
 
     def create(self) -> None:
-        folder = self._name("folder")
         with self.server.imap(self.user) as imap:
-            assert imap.create(folder)[0] == "OK"
-        self._folders.append(folder)
-        self._named_at = int(time.time())
+            assert imap.create(self._name("folder"))[0] == "OK"
 
     def rename(self) -> None:
-        """Not twice in a second: a run that is on would have carried the first, see the README."""
-        if self._folders and int(time.time()) > self._named_at:
-            old, new = self._folders.pop(), self._name("renamed")
-            with self.server.imap(self.user) as imap:
-                assert imap.rename(old, new)[0] == "OK"
-            self._folders.append(new)
-            self._named_at = int(time.time())
+        """Renamed again within a second it may have the earlier name: see the README."""
+        with self.server.imap(self.user) as imap:
+            folders = self._folders(imap)
+            if folders:
+                old = self._chance.choice(folders)
+                if imap.rename(old, self._name("renamed"))[0] != "OK":
+                    assert old not in self._folders(imap), old
 
     def delete(self) -> None:
         """An empty folder, so that no mail goes with it."""
-        for folder in self._folders:
-            with self.server.imap(self.user) as imap:
+        with self.server.imap(self.user) as imap:
+            for folder in self._folders(imap):
                 if imap.select(folder)[1] == [b"0"]:
                     imap.close()
-                    assert imap.delete(folder)[0] == "OK"
-                    self._folders.remove(folder)
+                    if imap.delete(folder)[0] != "OK":
+                        assert folder not in self._folders(imap), folder
                     return
 
     def subscribe(self) -> None:
-        if self._folders:
-            with self.server.imap(self.user) as imap:
+        with self.server.imap(self.user) as imap:
+            folders = self._folders(imap)
+            if folders:
                 how = self._chance.choice([imap.subscribe, imap.unsubscribe])
-                how(self._chance.choice(self._folders))
+                how(self._chance.choice(folders))
 
     def put_script(self) -> None:
         name = self._chance.choice(self._scripts or [self._name("script")])

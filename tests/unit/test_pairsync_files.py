@@ -33,13 +33,13 @@ key = "/k"
 # Markers ---------------------------------------------------------------------------------------
 
 
-def test_changed_folders_are_no_marker_and_are_told_once(tmp_path: Path) -> None:
+def test_changed_subscriptions_are_no_marker_and_are_told_once(tmp_path: Path) -> None:
     markers = Markers([tmp_path])
     markers.prepare()
     (tmp_path / "dirty" / "~a%2Fb").touch()
     assert markers.dirty() == {}
-    assert markers.take_folders_changed("a%2Fb") is None
-    assert markers.take_folders_changed("~a%2Fb") == "a/b"
+    assert markers.take_subscribed("a%2Fb") is None
+    assert markers.take_subscribed("~a%2Fb") == "a/b"
     assert not list((tmp_path / "dirty").iterdir())
 
 
