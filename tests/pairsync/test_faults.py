@@ -159,7 +159,7 @@ def stopped_run(pair: Pair, user: str) -> Iterator[None]:
     busy = threading.Thread(target=change)
     busy.start()
     try:
-        wait_for("a run to stop", lambda: _stop_one(pair.b, user, caught), 20)
+        wait_for("a run to stop", lambda: _stop_one(pair, user, caught), 20)
     finally:
         stop.set()
         busy.join()
@@ -170,9 +170,9 @@ def stopped_run(pair: Pair, user: str) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-def _stop_one(server: Server, user: str, caught: list[int]) -> bool:
-    """Stop a doveadm process that has a file of the user's open."""
-    for pid in _processes(server, "doveadm-server"):
+def _stop_one(pair: Pair, user: str, caught: list[int]) -> bool:
+    """Stop a doveadm process of B's that has a file of the user's open, if that stops the run."""
+    for pid in _processes(pair.b, "doveadm-server"):
         links = Path(f"/proc/{pid}/fd")
         try:
             files = [str(link.readlink()) for link in links.iterdir()]
@@ -181,11 +181,22 @@ def _stop_one(server: Server, user: str, caught: list[int]) -> bool:
         if any(f"/users/{user}/" in file for file in files):
             os.kill(pid, signal.SIGSTOP)
             files = [str(link.readlink()) for link in links.iterdir()]
-            if any(f"/users/{user}/" in file for file in files):
+            if any(f"/users/{user}/" in file for file in files) and _no_run_ends(pair.a):
                 caught.append(pid)
                 return True
             os.kill(pid, signal.SIGCONT)
     return False
+
+
+def _no_run_ends(server: Server) -> bool:
+    """Whether no run ends well for a second; the process may have been done with its own."""
+    before = server.status()["runs"]["ok"]
+    limit = time.monotonic() + 1.0
+    while time.monotonic() < limit:
+        if server.status()["runs"]["ok"] > before:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _processes(server: Server, name: str) -> list[int]:
