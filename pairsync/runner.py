@@ -22,6 +22,7 @@ from pairsync.state import States
 _TURN_SECONDS = 2.0
 _LAST_BYTES_SECONDS = 2.0
 _REPAIR_SECONDS = 60.0
+_SLACK_SECONDS = 2
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ class _Carrier:
 
     async def sync(self, doveadm: Doveadm, user: str, state: str) -> Reply | None:
         """What dsync answers; None where nothing was sent for too long."""
-        limit = str(max(1, round(self._seconds)))
-        words = ["sync", *([] if state else ["-f"]), "-l", limit, "-T", limit, "-s", state]
+        seconds = max(1, round(self._seconds))
+        # The silence is noticed here first: dsync's own limit would make it any failure.
+        limits = ("-l", str(seconds), "-T", str(seconds + _SLACK_SECONDS))
+        words = ["sync", *([] if state else ["-f"]), *limits, "-s", state]
         came = self._slot.expect()
         command = asyncio.create_task(doveadm.run(user, *words, f"tcp:{self._slot.path}"))
         carrying = asyncio.create_task(self._carry(came))
