@@ -14,6 +14,11 @@ from verify.registry import Mode
 from verify.report import Report, Result, Status
 
 
+#: Rows of tiers that are still being built, and what is known to be missing. A failure of one is
+#: told and does not stop the others; a row leaves this list when it has been seen to hold.
+PENDING: dict[str, str] = {}
+
+
 @pytest.fixture(scope="module")
 def report(platform_up: Context) -> Report:
     """One run of all checks; the rows are judged one by one."""
@@ -31,6 +36,8 @@ def test_the_contract_holds(report: Report, identifier: str) -> None:
     result: Result = next(r for r in report.results if r.id == identifier)
     if result.status is Status.SKIP:
         pytest.skip(result.observed)
+    if identifier in PENDING and result.status is Status.FAIL:
+        pytest.xfail(f"{PENDING[identifier]}: {result.observed}")
     assert result.status is Status.PASS, result.observed
 
 
