@@ -13,7 +13,6 @@ from verify.context import Context
 from verify.registry import Mode
 from verify.report import Report, Result, Status
 
-
 #: Rows of tiers that are still being built, and what is known to be missing. A failure of one is
 #: told and does not stop the others; a row leaves this list when it has been seen to hold.
 PENDING: dict[str, str] = {}
