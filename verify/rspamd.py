@@ -520,7 +520,8 @@ def memory_survives_its_writer(ctx: Context) -> str:
         ("without power", _pull_the_plug),
     )
     for what, strike in ways:
-        old = writer(ctx)
+        # One that has just come back is told within seconds that another one writes now.
+        old = eventually(lambda: writer(ctx), seconds=30)
         others = tuple(m for m in filters(ctx) if m is not old)
         sender = ctx.lab.sender("careful")
         first, *rest = first_doors(ctx, sender)
