@@ -662,6 +662,15 @@ def full_mailboxes_refuse_mail(ctx: Context) -> str:
     with direct(ctx, replicas(ctx)[0]).enter(ctx, owner) as session:
         session.sock.settimeout(60.0)
         with _filled(session, box) as folder:
+            # The mail that fills it is still taken, whatever its size.
+            last = smtp_in.write(sender, address)
+            with doors[0].session(ctx) as smtp:
+                code, text = smtp.submit(last.sender, [address], last.content)
+            expect(code == 250, f"{doors[0]}: the last mail with room is answered {code} {text}")
+            eventually(
+                lambda: expect(ctx.lab.world.copies(last.token), "the last mail is not there"),
+                seconds=PROMPT,
+            )
             wait(full=True)
             waits = _handed_over_all_the_same(ctx, owner)
             session.told("DELETE", session.delete(folder))
@@ -1045,7 +1054,7 @@ def mail_prefers_the_primary(ctx: Context) -> str:
             expect(len(by) == 1, f"a mail was taken by {by or 'no replica'}: {received}")
             return by[0]
 
-        return eventually(look, seconds=PROMPT)
+        return eventually(look, seconds=FORGOTTEN)
 
     name = took()
     expect(name == first.name, f"mail goes to {name} while {first.name} is alive")
