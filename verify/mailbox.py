@@ -131,6 +131,9 @@ class Mailboxes:
 
     @staticmethod
     def _hang_up(box: _Box) -> None:
+        """Forget what was read: the other replica may have given the numbers to other mails."""
+        box.seen.clear()
+        box.mails.clear()
         if box.session is not None:
             box.session.shutdown()
             box.session = None
