@@ -15,7 +15,9 @@ from verify.report import Report, Result, Status
 
 #: Rows of tiers that are still being built, and what is known to be missing. A failure of one is
 #: told and does not stop the others; a row leaves this list when it has been seen to hold.
-PENDING: dict[str, str] = {}
+PENDING: dict[str, str] = {
+    "HOST-5": "seen for smtp-out and smtp-in; a mail sent meanwhile once met an SPF permerror",
+}
 
 
 @pytest.fixture(scope="module")
