@@ -202,7 +202,8 @@ def test_streams_lead_from_both_families_to_the_primary_first(image: Image) -> N
             continue
         result = image.run_one(all_files(case.platform, case.host), "nginx", "-T", "-q")
         rows = [line.split("#")[0].strip() for line in result.out.splitlines()]
-        upstream = [row for row in rows if row.startswith("server ") and "fail_timeout" in row]
+        servers = [row for row in rows if row.startswith("server ") and "fail_timeout" in row]
+        upstream = [row for row in servers if ":10587 " in row]
         platform = case.platform
         legs = {h.name: platform.internal_leg(h).ipv4 for h in platform.members(Role.SMTP_OUT)}
         primary = legs.pop(platform.outbound.primary)
