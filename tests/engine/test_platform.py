@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 from mailsite.loader import load_platform
 from mailsite.model import Host, Platform, Role
+from mailsite.secrets import required
 from rehearsal.engine import Engine
 from rehearsal.program import stack_config
 from rehearsal.state import CHECKOUT
@@ -81,13 +82,16 @@ def make(engine: Engine, folder: Path, platform: Platform) -> Project:
         secrets={
             "mail:deployKey": private,
             "mail:certificates": json.dumps(
-                {
-                    name: {"chain": PEM, "key": PEM}
-                    for name in (platform.names.smtp_out, platform.names.smtp_in)
-                }
+                {name: {"chain": PEM, "key": PEM} for name in _certified(platform)}
             ),
         },
     )
+
+
+def _certified(platform: Platform) -> set[str]:
+    """Names that some host must prove to be."""
+    secrets = {name for host in platform.hosts.values() for name in required(platform, host)}
+    return {name.split("/")[1] for name in secrets if name.startswith("certificate/")}
 
 
 @pytest.fixture(scope="module")
