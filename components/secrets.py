@@ -93,7 +93,7 @@ class SecretStore(pulumi.ComponentResource):
                 # Only previews come here, see require(): the certificate is not there yet.
                 self._put(secret, _unknown())
             else:
-                self._put(secret, _password(secret, child))
+                self._put(secret, _password(secret, child).result)
         #: Makes the digests of secret bundles useless to whoever guesses at their content.
         self.digest_key: pulumi.Output[str] = pulumi.Output.secret(
             random.RandomPassword("digest-key", length=64, special=False, opts=child).result
@@ -125,9 +125,7 @@ class SecretStore(pulumi.ComponentResource):
             return None
         if self._take(given, secret):
             return None
-        password = random.RandomPassword(
-            secret.replace("/", "-"), length=_PASSWORD_LENGTH, special=False, opts=child
-        )
+        password = _password(secret, child)
         self._put(secret, password.bcrypt_hash.apply(lambda h: "{BLF-CRYPT}" + h))
         return pulumi.Output.secret(password.result)
 
@@ -137,9 +135,9 @@ class SecretStore(pulumi.ComponentResource):
         """The hash of the controller's password, the same from run to run."""
         plain = secret_names.rspamd_controller_password()
         if plain not in self._private and not self._take(given, plain):
-            self._put(plain, _password(plain, child))
+            self._put(plain, _password(plain, child).result)
         salt = f"{secret_names.rspamd_controller_hash()}-salt"
-        return pulumi.Output.all(self._private[plain], _password(salt, child)).apply(
+        return pulumi.Output.all(self._private[plain], _password(salt, child).result).apply(
             lambda both: password_hash(
                 both[0], hashlib.sha256(both[1].encode()).digest()[:SALT_BYTES]
             )
@@ -163,11 +161,11 @@ class SecretStore(pulumi.ComponentResource):
         return True
 
 
-def _password(name: str, opts: pulumi.ResourceOptions) -> pulumi.Output[str]:
+def _password(name: str, opts: pulumi.ResourceOptions) -> random.RandomPassword:
     """A password of letters and digits alone, which every configuration file takes as it is."""
     return random.RandomPassword(
         name.replace("/", "-"), length=_PASSWORD_LENGTH, special=False, opts=opts
-    ).result
+    )
 
 
 def _unknown() -> pulumi.Output[str]:

@@ -179,6 +179,13 @@ def internal_clients(platform: Platform) -> tuple[IPNetwork, ...]:
     return tuple(found)
 
 
+def internal_networks(platform: Platform, *roles: Role) -> tuple[IPNetwork, ...]:
+    """The internal addresses of every host that serves in one of ``roles``, for firewall rules."""
+    hosts = {host.name: host for role in roles for host in platform.serving(role)}
+    legs = [platform.internal_leg(host) for host in hosts.values()]
+    return tuple(ip_network(a) for leg in legs for a in (leg.ipv4, leg.ipv6))
+
+
 # -- existing machines -------------------------------------------------------------------------
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from ipaddress import ip_network
 
 from mailsite.aliases import main_address
 from mailsite.fragment import (
@@ -26,7 +25,7 @@ from mailsite.fragment import (
 from mailsite.loader import Problem, SiteError
 from mailsite.model import Host, IPAddress, IPNetwork, Platform, Role, TlsLevel
 from mailsite.roles import pairsync, rspamd
-from mailsite.roles.base import CA_FOLDER, internal_clients
+from mailsite.roles.base import internal_clients, internal_networks
 from mailsite.roles.dovecot import (
     IMAPS,
     MANAGESIEVE,
@@ -43,6 +42,8 @@ from mailsite.roles.postfix import (
     certificate_file,
     certificate_path,
     checks,
+    in_list,
+    postfix_service,
     queue_files,
     queue_health,
 )
@@ -219,21 +220,8 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 order=30,
             ),
             *sync.services,
-            Service(
-                "postfix.service",
-                # The table of mailboxes is not among these: Postfix notices by itself.
-                reload_on=("/etc/postfix/main.cf", "/etc/certs/", CA_FOLDER),
-                # A reload does not open or close listeners reliably, and the copies of the
-                # resolver's files in the chroot are made at start.
-                restart_on=(
-                    "/etc/postfix/master.cf",
-                    "/etc/resolv.conf",
-                    "/etc/hosts",
-                    f"{UNITS}/postfix.service.d/",
-                    *QUEUE_UNITS,
-                ),
-                order=40,
-            ),
+            # The table of mailboxes is not among these: Postfix notices by itself.
+            postfix_service("/etc/postfix/main.cf"),
         ),
         health=(
             *queue_health(host),
@@ -268,8 +256,13 @@ def _postfix_files(platform: Platform, host: Host) -> dict[str, File]:
                 aliases=ALIASES,
                 maildrop=platform.maildrop_domain,
                 virtual_maildrop=VIRTUAL_MAILDROP,
-                clients=[source.network_address for source in _legs(platform, Role.SMTP_IN)],
-                exceptions=[_in_list(source) for source in _legs(platform, Role.SMTP_IN)],
+                clients=[
+                    source.network_address for source in internal_networks(platform, Role.SMTP_IN)
+                ],
+                exceptions=[
+                    in_list(source.network_address)
+                    for source in internal_networks(platform, Role.SMTP_IN)
+                ],
                 prober=prober(platform),
                 mailbox_full=MAILBOX_FULL,
                 header_size_limit=outbound.header_size_limit,
@@ -317,7 +310,9 @@ def _dovecot_files(platform: Platform, host: Host) -> dict[str, File]:
                     junk=JUNK,
                     inject=INJECT,
                     proxies=[_plain(source) for source in proxy_sources(platform)],
-                    webmail=[_plain(source) for source in _legs(platform, Role.WEBMAIL)],
+                    webmail=[
+                        _plain(source) for source in internal_networks(platform, Role.WEBMAIL)
+                    ],
                     imaps=IMAPS,
                     proxied_imaps=PROXIED_IMAPS,
                     managesieve=MANAGESIEVE,
@@ -357,7 +352,7 @@ def _imap_processes(host: Host) -> int:
 
 
 def _ports(platform: Platform) -> tuple[PortRule, ...]:
-    inbound = _legs(platform, Role.SMTP_IN)
+    inbound = internal_networks(platform, Role.SMTP_IN)
     editors = platform.maildrop.managesieve if platform.maildrop is not None else ()
     proxies = proxy_sources(platform)
     return (
@@ -367,26 +362,15 @@ def _ports(platform: Platform) -> tuple[PortRule, ...]:
         PortRule(PROXIED_IMAPS, proxies, "imaps with PROXY: frontends"),
         PortRule(
             MANAGESIEVE,
-            (*editors, *_legs(platform, Role.WEBMAIL)),
+            (*editors, *internal_networks(platform, Role.WEBMAIL)),
             "managesieve: the networks of the site data, and webmail",
         ),
         PortRule(PROXIED_MANAGESIEVE, proxies, "managesieve with PROXY: frontends"),
     )
 
 
-def _legs(platform: Platform, role: Role) -> tuple[IPNetwork, ...]:
-    legs = [platform.internal_leg(host) for host in platform.serving(role)]
-    return tuple(ip_network(a) for leg in legs for a in (leg.ipv4, leg.ipv6))
-
-
 def _plain(source: IPNetwork) -> IPAddress:
     return source.network_address
-
-
-def _in_list(source: IPNetwork) -> str:
-    """As it stands in a Postfix list of networks."""
-    address = source.network_address
-    return f"[{address}]" if address.version == 6 else str(address)
 
 
 def _problems(platform: Platform, host: Host) -> Iterator[Problem]:

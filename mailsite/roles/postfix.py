@@ -16,7 +16,8 @@ from mailsite.fragment import (
     UnitHealth,
     templated,
 )
-from mailsite.model import Host, Platform, Role
+from mailsite.model import Host, IPAddress, Platform, Role
+from mailsite.roles.base import CA_FOLDER
 from mailsite.secret_names import certificate_chain, certificate_key
 
 QUEUE = "/var/spool/postfix"
@@ -97,6 +98,29 @@ def checks() -> tuple[Check, ...]:
             stderr_is_failure=True,
         ),
     )
+
+
+def postfix_service(*configuration: str) -> Service:
+    """Postfix, reloaded when one of the files of ``configuration`` or a certificate changes."""
+    return Service(
+        "postfix.service",
+        reload_on=(*configuration, "/etc/certs/", CA_FOLDER),
+        # A reload does not open or close listeners reliably, and the copies of the resolver's
+        # files in the chroot are made at start.
+        restart_on=(
+            "/etc/postfix/master.cf",
+            "/etc/resolv.conf",
+            "/etc/hosts",
+            "/etc/systemd/system/postfix.service.d/",
+            *QUEUE_UNITS,
+        ),
+        order=40,
+    )
+
+
+def in_list(address: IPAddress) -> str:
+    """``address`` as it stands in a list of networks (postconf(5), mynetworks)."""
+    return f"[{address}]" if address.version == 6 else str(address)
 
 
 def aliases_map() -> MapBuild:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from ipaddress import ip_network
 from typing import Any
 
 from mailsite.fragment import (
@@ -25,7 +24,8 @@ from mailsite.fragment import (
     templated,
 )
 from mailsite.loader import Problem, SiteError
-from mailsite.model import Host, IPNetwork, Platform, Role
+from mailsite.model import Host, Platform, Role
+from mailsite.roles.base import internal_networks
 from mailsite.secret_names import redis_password, rspamd_controller_hash
 
 ROLE = Role.RSPAMD.value
@@ -253,22 +253,18 @@ def _secret_files(context: dict[str, Any], controller_port: int) -> dict[str, Se
 
 def _ports(platform: Platform) -> tuple[PortRule, ...]:
     spam = platform.spam
-    own = _legs(platform, Role.RSPAMD)
-    postfix = _legs(platform, Role.SMTP_IN, Role.SMTP_OUT)
+    own = internal_networks(platform, Role.RSPAMD)
+    postfix = internal_networks(platform, Role.SMTP_IN, Role.SMTP_OUT)
     return (
         PortRule(spam.milter_port, postfix, "milter: Postfix on smtp-in and smtp-out"),
         PortRule(
-            spam.controller_port, _legs(platform, Role.MAILDROP), "learning: the mailboxes' hosts"
+            spam.controller_port,
+            internal_networks(platform, Role.MAILDROP),
+            "learning: the mailboxes' hosts",
         ),
         PortRule(spam.redis_port, own, "redis: the other members"),
         PortRule(spam.sentinel_port, own, "sentinel: the other members"),
     )
-
-
-def _legs(platform: Platform, *roles: Role) -> tuple[IPNetwork, ...]:
-    hosts = {host.name: host for role in roles for host in platform.serving(role)}
-    legs = [platform.internal_leg(host) for host in hosts.values()]
-    return tuple(ip_network(a) for leg in legs for a in (leg.ipv4, leg.ipv6))
 
 
 def _problems(host: Host) -> Iterator[Problem]:

@@ -28,12 +28,10 @@ from mailsite.fragment import (
     templated,
 )
 from mailsite.loader import Problem, SiteError
-from mailsite.model import Host, IPAddress, NetworkKind, Platform, Role, TlsLevel
+from mailsite.model import Host, NetworkKind, Platform, Role, TlsLevel
 from mailsite.records import own_names, senders
-from mailsite.roles.base import CA_FOLDER
 from mailsite.roles.postfix import (
     ALIASES,
-    QUEUE_UNITS,
     Milter,
     aliases_map,
     certificate_check,
@@ -41,6 +39,8 @@ from mailsite.roles.postfix import (
     certificate_path,
     checks,
     filter_relay,
+    in_list,
+    postfix_service,
     queue_files,
     queue_health,
     spam_filter,
@@ -134,7 +134,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 header_size_limit=outbound.header_size_limit,
                 certificate=certificate,
                 limits=inbound.limits,
-                senders=[_in_list(address) for address in senders(platform)],
+                senders=[in_list(address) for address in senders(platform)],
                 tls=outbound.tls.value,
                 dane=outbound.tls is TlsLevel.DANE,
                 milters=milters(),
@@ -174,21 +174,8 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 order=31,
             ),
             *relay.services,
-            Service(
-                "postfix.service",
-                # The tables of addresses are not among these: Postfix notices by itself.
-                reload_on=("/etc/postfix/main.cf", SRS_ADDRESSES, "/etc/certs/", CA_FOLDER),
-                # A reload does not open or close listeners reliably, and the copies of the
-                # resolver's files in the chroot are made at start.
-                restart_on=(
-                    "/etc/postfix/master.cf",
-                    "/etc/resolv.conf",
-                    "/etc/hosts",
-                    f"{UNITS}/postfix.service.d/",
-                    *QUEUE_UNITS,
-                ),
-                order=40,
-            ),
+            # The tables of addresses are not among these: Postfix notices by itself.
+            postfix_service("/etc/postfix/main.cf", SRS_ADDRESSES),
         ),
         health=(
             *queue_health(host),
@@ -205,11 +192,6 @@ def fragment(platform: Platform, host: Host) -> Fragment:
             TcpHealth("127.0.0.1", FORWARD, expect=f"220 {host.name} ESMTP"),
         ),
     )
-
-
-def _in_list(address: IPAddress) -> str:
-    """As it stands in a Postfix list of networks."""
-    return f"[{address}]" if address.version == 6 else str(address)
 
 
 def _problems(platform: Platform, host: Host) -> Iterator[Problem]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import ip_network
 
 from mailsite.fragment import (
     Check,
@@ -23,7 +22,7 @@ from mailsite.fragment import (
 )
 from mailsite.loader import Problem, SiteError
 from mailsite.model import Host, IPNetwork, MailDomain, Platform, Role, SaslUser, TlsLevel
-from mailsite.roles.base import CA_FOLDER, internal_clients
+from mailsite.roles.base import internal_clients, internal_networks
 from mailsite.roles.postfix import (
     ALIASES,
     QUEUE,
@@ -35,6 +34,7 @@ from mailsite.roles.postfix import (
     certificate_path,
     checks,
     filter_relay,
+    postfix_service,
     queue_files,
     queue_health,
     spam_filter,
@@ -129,8 +129,7 @@ def owners(platform: Platform) -> Mapping[str, tuple[str, ...]]:
 
 def proxy_sources(platform: Platform) -> tuple[IPNetwork, ...]:
     """The frontends' internal addresses: who may speak the PROXY protocol to us."""
-    legs = [platform.internal_leg(frontend) for frontend in platform.serving(Role.FRONTEND)]
-    return tuple(ip_network(a) for leg in legs for a in (leg.ipv4, leg.ipv6))
+    return internal_networks(platform, Role.FRONTEND)
 
 
 def fragment(platform: Platform, host: Host) -> Fragment:
@@ -226,20 +225,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 order=31,
             ),
             *relay.services,
-            Service(
-                "postfix.service",
-                reload_on=("/etc/postfix/", "/etc/certs/", CA_FOLDER),
-                # A reload does not open or close listeners reliably, and the copies of the
-                # resolver's files in the chroot are made at start.
-                restart_on=(
-                    "/etc/postfix/master.cf",
-                    "/etc/resolv.conf",
-                    "/etc/hosts",
-                    f"{UNITS}/postfix.service.d/",
-                    *QUEUE_UNITS,
-                ),
-                order=40,
-            ),
+            postfix_service("/etc/postfix/"),
         ),
         health=(
             *queue_health(host),
