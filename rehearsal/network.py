@@ -483,6 +483,22 @@ def _ip(namespace: str, commands: Iterable[str]) -> None:
         )
 
 
+def _remove_link(port: str) -> None:
+    """Remove a cable from core whose other end is gone.
+
+    The kernel takes such a cable away by itself when it gets to clean up the namespace, perhaps
+    between our look and our command.
+    """
+    done = subprocess.run(
+        ["ip", "-n", CORE, "link", "del", port], check=False, text=True, capture_output=True
+    )
+    if done.returncode != 0 and port in _links(CORE):
+        raise RehearsalError(
+            f"the cable {port} cannot be removed from {CORE}: {done.stderr.strip()}",
+            "run: make down, then try again",
+        )
+
+
 def _ip_json(namespace: str, *arguments: str) -> list[dict[str, Any]]:
     done = subprocess.run(
         ["ip", "-n", namespace, "-j", *arguments], check=True, text=True, capture_output=True
@@ -649,7 +665,7 @@ class Network:
             port = _port(seat) + (f"-{number}" if number else "")
             device = f"eth{number}"
             if port in there and device not in mine:
-                outer.append(f"link del {port}")
+                _remove_link(port)
             if port not in there or device not in mine:
                 outer.append(f"link add {port} type veth peer name {device} netns {seat.namespace}")
             outer.append(f"link set {port} {f'master {bridge} ' if bridge else ''}up")

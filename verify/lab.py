@@ -197,8 +197,13 @@ class LabWorld:
 
     def list_questions(self, zone: str, what: IPAddress | str) -> list[Question]:
         """When and by whom the block list was asked for an address or a domain."""
-        wanted = f"{Listed(zone, what, ()).name}.{zone}."
+        wanted = f"{self.list_name(zone, what)}."
         return [q for q in self._world.list_questions(zone) if q.name == wanted]
+
+    @staticmethod
+    def list_name(zone: str, what: IPAddress | str) -> str:
+        """The name that a block list is asked for an address or a domain by."""
+        return f"{Listed(zone, what, ()).name}.{zone}"
 
     # DNS
 
@@ -526,13 +531,16 @@ class LabMachine:
 
     # Its resolver
 
-    def forget(self, *zones: str) -> None:
+    def forget(self, *zones: str, names: Iterable[str] = ()) -> None:
         """Let the host's Unbound forget names of zones, and which name servers did not answer.
 
-        It would serve what it remembers where a server is slow (RFC 8767).
+        What lies in a zone only expires, and is still served where a server is slow (RFC 8767);
+        of ``names`` nothing is left.
         """
+        forget = 'for name; do unbound-control -q flush "$name" || exit; done'
         for zone in zones:
             self.run("unbound-control", "flush_zone", zone)
+        self.run("sh", "-c", forget, "sh", *names)
         self.run("unbound-control", "flush_infra", "all")
 
 

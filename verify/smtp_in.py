@@ -567,7 +567,14 @@ class Trial:
     """A client, and what a block list answers when it is asked for it.
 
     Attributes:
-        entry: The list, what it is asked for, and what it answers; None: nothing.
+        what: In words, for people.
+        zone: The list.
+        name: What it is asked for.
+        answer: What it answers.
+        client: Who sends.
+        versions: Of IP, that the client sends over.
+        helo: What it says.
+        sender: Of its mail.
         listed: The mail must be refused.
     """
 
@@ -596,7 +603,9 @@ def block_lists_refuse(ctx: Context) -> str:
     zones = sorted({entry.zone for entry in refusing})
     trials = [t for entry in refusing for t in _trials(ctx, entry)]
     started = time.time()
-    with _nothing_remembered(ctx, zones):
+    # Addresses are used again, and what was asked for one of them before would be served.
+    names = {lab.world.list_name(t.zone, t.name) for t in trials}
+    with _nothing_remembered(ctx, zones, names):
         with lab.world.listed(*((t.zone, t.name, (t.answer,)) for t in trials)):
             pairs = [
                 (trial, door)
@@ -616,11 +625,11 @@ def block_lists_refuse(ctx: Context) -> str:
 
 
 @contextmanager
-def _nothing_remembered(ctx: Context, zones: list[str]) -> Iterator[None]:
+def _nothing_remembered(ctx: Context, zones: list[str], names: set[str]) -> Iterator[None]:
     """The members' resolvers know nothing of the lists, before and afterwards."""
 
     def forget(member: Host) -> None:
-        ctx.lab.machine(member).forget(*zones)
+        ctx.lab.machine(member).forget(*zones, names=names)
 
     each(members(ctx), forget)
     try:
