@@ -59,6 +59,18 @@ def _wait(machine: LabMachine, unit: str) -> None:
     eventually(lambda: machine.run("systemctl", "is-active", unit), seconds=10)
 
 
+@contextmanager
+def open_port(context: Context, host: Host, port: int) -> Iterator[None]:
+    """The packet filter of a machine of ours lets everyone reach a TCP port."""
+    machine = context.lab.machine(host)
+    rule = f"tcp dport {port} accept"
+    try:
+        machine.run("nft", "insert", "rule", "inet", "filter", "input", *rule.split())
+        yield
+    finally:
+        machine.run("systemctl", "reload", "nftables.service")
+
+
 def edit(path: str, *expressions: str) -> tuple[str, ...]:
     """A command that edits a file in place and fails where nothing changes."""
     program = " ; ".join(expressions)

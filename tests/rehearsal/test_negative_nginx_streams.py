@@ -7,7 +7,7 @@ import pytest
 from verify.context import SUBMISSION, SUBMISSION_PROXY, Context
 from verify.lab import LabMachine
 
-from .faults import changed_by_hand, edit, expect_green, expect_red, setting
+from .faults import changed_by_hand, edit, expect_green, expect_red, open_port, setting
 
 untried = pytest.mark.skip(
     reason="seen before the mailboxes were part of the platform, to be seen with them"
@@ -45,13 +45,8 @@ def test_streams_without_proxy_headers_turn_edge_2_and_out_7_red(platform_up: Co
 @untried
 def test_a_proxy_port_that_anyone_reaches_turns_edge_2_red(platform_up: Context) -> None:
     member = platform_up.members[-1]
-    machine = platform_up.lab.machine(member)
-    rule = f"tcp dport {SUBMISSION_PROXY} accept"
-    try:
-        machine.run("nft", "insert", "rule", "inet", "filter", "input", *rule.split())
+    with open_port(platform_up, member, SUBMISSION_PROXY):
         expect_red(platform_up, "EDGE-2", f"port {SUBMISSION_PROXY} takes a PROXY header")
-    finally:
-        machine.run("systemctl", "reload", "nftables.service")
 
 
 def test_frontends_in_mynetworks_turn_edge_2_red(platform_up: Context) -> None:

@@ -13,7 +13,7 @@ from verify.context import Context, eventually
 from verify.rspamd import mx_members
 from verify.spam_filter import filters
 
-from .faults import changed_by_hand, edit, expect_green, expect_red, setting
+from .faults import changed_by_hand, edit, expect_green, expect_red, open_port, setting
 
 POSTFIX, RSPAMD = "postfix.service", "rspamd.service"
 LOCAL = "/etc/rspamd/local.d"
@@ -61,20 +61,6 @@ def stopped(context: Context, unit: str, *hosts: Host) -> Iterator[None]:
     finally:
         for machine in machines:
             machine.run("systemctl", "start", unit)
-
-
-@contextmanager
-def open_port(context: Context, host: Host, port: int) -> Iterator[None]:
-    """The packet filter lets everyone reach ``port``."""
-    machine = context.lab.machine(host)
-    rules = machine.run("nft", "-s", "list", "table", "inet", "mail")
-    machine.run(
-        "nft", "insert", "rule", "inet", "mail", "input", "tcp", "dport", str(port), "accept"
-    )
-    try:
-        yield
-    finally:
-        machine.run("nft", "-f", "-", input=f"delete table inet mail\n{rules}")
 
 
 def test_a_member_without_the_filter_turns_spam_1_red(platform_up: Context, alone: Host) -> None:
