@@ -10,10 +10,6 @@ from verify.lab import Lab
 
 from .faults import changed_by_hand, edit, expect_green, expect_red
 
-untried = pytest.mark.skip(
-    reason="seen before the mailboxes were part of the platform, to be seen with them"
-)
-
 UNBOUND = "/etc/unbound/unbound.conf"
 
 
@@ -50,7 +46,6 @@ def test_a_file_changed_before_turns_host_4_red(platform_up: Context, place: str
     expect_green(platform_up, "HOST-4")
 
 
-@untried
 def test_a_machine_that_had_everything_turns_host_5_red(
     platform_up: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
-
 from rehearsal.world.zones import reverse_zone
 from verify.context import Context
 from verify.lab import Entry
 from verify.mail_dns import sending_addresses
 
 from .faults import changed_zone, entry, expect_green, expect_red, without_pointer
-
-pytestmark = pytest.mark.skip(reason="not yet seen beside the mailboxes")
 
 
 def test_a_missing_address_turns_dns_1_red(platform_up: Context) -> None:

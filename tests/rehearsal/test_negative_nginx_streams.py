@@ -9,15 +9,10 @@ from verify.lab import LabMachine
 
 from .faults import changed_by_hand, edit, expect_green, expect_red, open_port, setting
 
-untried = pytest.mark.skip(
-    reason="seen before the mailboxes were part of the platform, to be seen with them"
-)
-
 STREAM = "/etc/nginx/mail-streams.d/smtp-out.conf"
 NGINX = "nginx.service"
 
 
-@untried
 def test_streams_that_do_not_fail_over_turn_edge_1_red(platform_up: Context) -> None:
     """One has no backups; the other keeps NGINX's own 60 s for a connection, as the seed does."""
     alone, *_, patient = platform_up.frontends
@@ -33,7 +28,6 @@ def test_streams_that_do_not_fail_over_turn_edge_1_red(platform_up: Context) -> 
     expect_green(platform_up, "EDGE-1")
 
 
-@untried
 def test_streams_without_proxy_headers_turn_edge_2_and_out_7_red(platform_up: Context) -> None:
     """As in the seed: Postfix sees and counts the frontend."""
     bare = edit(STREAM, f"s/:{SUBMISSION_PROXY} /:{SUBMISSION} /", "/proxy_protocol on;/d")
@@ -42,7 +36,6 @@ def test_streams_without_proxy_headers_turn_edge_2_and_out_7_red(platform_up: Co
         expect_red(platform_up, "OUT-7", "too many connections from")
 
 
-@untried
 def test_a_proxy_port_that_anyone_reaches_turns_edge_2_red(platform_up: Context) -> None:
     member = platform_up.members[-1]
     with open_port(platform_up, member, SUBMISSION_PROXY):

@@ -18,9 +18,6 @@ from .faults import changed_by_hand, edit, expect_green, expect_red, open_port, 
 POSTFIX, RSPAMD = "postfix.service", "rspamd.service"
 LOCAL = "/etc/rspamd/local.d"
 
-#: A member that was installed from bare compiles for half a minute at each restart, and these do
-#: not wait for it yet.
-untried = pytest.mark.skip(reason="not yet seen on a platform whose last member began bare")
 CONTROLLER = "/etc/rspamd/override.d/worker-controller.inc"
 
 
@@ -107,7 +104,6 @@ def test_mail_that_waits_for_the_filter_turns_spam_3_red(platform_up: Context) -
         expect_red(platform_up, "SPAM-3", f"{member.name}.*all of them dead: .*answered with 4")
 
 
-@untried
 def test_an_open_port_turns_spam_5_red(platform_up: Context) -> None:
     member = filters(platform_up)[-1]
     with open_port(platform_up, member, platform_up.platform.spam.redis_port):
@@ -115,7 +111,6 @@ def test_an_open_port_turns_spam_5_red(platform_up: Context) -> None:
     expect_green(platform_up, "SPAM-5")
 
 
-@untried
 def test_a_controller_without_a_password_turns_spam_5_red(platform_up: Context) -> None:
     member = filters(platform_up)[0]
     trusting = edit(CONTROLLER, "s/^secure_ip = .*/secure_ip = [127.0.0.0\\/8];/")
@@ -138,7 +133,6 @@ def test_submitted_mail_that_nobody_looks_at_turns_out_8_red(platform_up: Contex
         expect_red(platform_up, "OUT-8", f"{member.name}.*GTUBE is answered with 250")
 
 
-@untried
 @pytest.mark.parametrize("what", ["messages", "recipients"])
 def test_a_limit_that_is_none_turns_out_8_red(platform_up: Context, what: str) -> None:
     selector = f"prepend\\('{what}:'\\)"
@@ -147,7 +141,6 @@ def test_a_limit_that_is_none_turns_out_8_red(platform_up: Context, what: str) -
         expect_red(platform_up, "OUT-8", f"{what} an hour are answered with 250")
 
 
-@untried
 def test_senders_that_nobody_checks_turn_out_8_red(platform_up: Context) -> None:
     member = platform_up.members[0]
     with changed_by_hand(
@@ -156,7 +149,6 @@ def test_senders_that_nobody_checks_turn_out_8_red(platform_up: Context) -> None
         expect_red(platform_up, "OUT-8", f"{member.name}.* is answered with 250")
 
 
-@untried
 def test_a_login_with_two_names_turns_out_8_red(platform_up: Context) -> None:
     """As another name it would have limits of its own, and no senders."""
     member = platform_up.members[0]

@@ -13,10 +13,6 @@ from verify.report import Status
 
 from .faults import changed_by_hand, changed_zone, edit, entry, expect_green, expect_red, setting
 
-pytestmark = pytest.mark.skip(
-    reason="seen before the mailboxes were part of the platform, to be seen with them"
-)
-
 POSTFIX = "postfix.service"
 MAIN = "/etc/postfix/main.cf"
 MASTER = "/etc/postfix/master.cf"

@@ -7,17 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import pytest
-
 from mailsite.bundle import compose
 from mailsite.model import Host, MailDomain, Platform
 from verify import smtp_in
 from verify.change import Stream
 from verify.context import Context, eventually, expect
-
-pytestmark = pytest.mark.skip(
-    reason="seen before the mailboxes were part of the platform, to be seen with them"
-)
 
 DOMAINS, ADDRESSES = 5_000, 50_000
 
