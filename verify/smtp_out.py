@@ -813,18 +813,29 @@ def _mail_is_counted(ctx: Context) -> str:
 
     with redis(ctx, writer(ctx)) as memory:
 
-        def levels() -> dict[str, float]:
-            found = {k: memory.text("HGET", k, "b") for k in keys(memory, "RL*", "hash")}
-            return {k: float(v) for k, v in found.items() if v}
+        def levels() -> dict[str, tuple[float, float]]:
+            """How full each bucket was, and when, in seconds since 1970."""
+            found = {
+                k: (memory.text("HGET", k, "b"), memory.text("HGET", k, "l"))
+                for k in keys(memory, "RL*", "hash")
+            }
+            return {k: (float(b), float(at) / 1000) for k, (b, at) in found.items() if b and at}
 
-        began, before = time.monotonic(), levels()
+        began, before = time.time(), levels()
         for door in doors:
             sent(user, door)
 
         def filled(amount: int, limit: int) -> str:
             """The bucket that took ``amount``, but for what leaked meanwhile."""
-            leaked = limit / 3600 * (time.monotonic() - began)
-            rise = {k: v - before.get(k, 0.0) for k, v in levels().items()}
+            each_second = limit / 3600
+            leaked = each_second * (time.time() - began)
+
+            def rest(bucket: str) -> float:
+                """What an earlier mail left in it; it leaks when the next one comes."""
+                level, at = before.get(bucket, (0.0, began))
+                return max(0.0, level - each_second * (began - at))
+
+            rise = {k: v - rest(k) for k, (v, _) in levels().items()}
             found = [k for k, v in rise.items() if amount - leaked - 0.01 < v < amount + 0.01]
             expect(len(found) == 1, f"{len(doors)} mails of {user} are counted as {rise}")
             return found[0]
