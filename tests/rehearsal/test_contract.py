@@ -16,7 +16,6 @@ from verify.report import Report, Result, Status
 #: Rows that are still being worked on, and why. They are skipped here: one that ends half-way can
 #: leave a platform that others fail on. `make contract` makes them.
 PENDING: dict[str, str] = {
-    "BOX-8": "not seen yet since the mailbox is read anew after a fail-over",
     "HOST-5": "seen for smtp-out and smtp-in; a mail sent meanwhile once met an SPF permerror",
 }
 
