@@ -6,7 +6,6 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import dns.flags
 import dns.rcode
@@ -198,14 +197,6 @@ def _by_hand(machine: LabMachine, ways: dict[str, str]) -> Iterator[None]:
             machine.run("mv", "-f", "--", f"{path}.verify-kept", path)
 
 
-@dataclass(frozen=True)
-class _Marker:
-    """A file on the data volume that must survive the machine."""
-
-    path: str
-    text: str
-
-
 class Tier:
     """What a member of a tier must do when it comes back as a new machine.
 
@@ -374,41 +365,51 @@ TIERS: tuple[Tier, ...] = (Outbound(), Inbound(), Filter(), Mailboxes())
 @check("HOST-5", disruptive=True)
 def bare_machine_is_installed(ctx: Context) -> str:
     """A member of each tier, replaced by a bare Debian, is installed by the agent alone."""
-    there = [tier for tier in TIERS if ctx.platform.members(tier.role)]
-    return "; ".join(_installed_from_bare(ctx, tier) for tier in there)
-
-
-def _installed_from_bare(ctx: Context, tier: Tier) -> str:
-    lab = ctx.lab
-    member = ctx.platform.members(tier.role)[-1]
-    machine = lab.machine(member)
-    before = machine.run("cat", "/etc/machine-id").strip()
-    left = tier.leave(ctx, member)
-    marker = _Marker("/srv/mail/verify-marker", secrets.token_hex(16))
-    machine.run("sh", "-c", 'cat >"$1"', "sh", marker.path, input=marker.text)
+    gone = [_Replaced(ctx, t) for t in TIERS if ctx.platform.members(t.role)]
     try:
-        lab.replace_with_bare(member)
-        fresh = lab.machine(member)
-        expect(
-            fresh.run("cat", "/etc/machine-id").strip() != before,
-            f"{member.name} is still the same machine",
-        )
-        expect(
-            fresh.run("cat", marker.path) == marker.text,
-            f"{member.name}: the data volume was not kept",
-        )
-        installed = _packages_installed(ctx, fresh, tier.packages)
-        tier.find(ctx, member, left)
-        expect(
-            fresh.call(AGENT, "drift").returncode == 0, f"{member.name}: drift after the install"
-        )
-        fresh.run("rm", "-f", "--", marker.path)
+        each(gone, lambda one: one.leave())
+        # Of each cluster one: the others serve meanwhile.
+        ctx.lab.replace_with_bare(*(one.member for one in gone))
+        installed = each(gone, lambda one: one.find())
     finally:
-        tier.clear(ctx)
+        each(gone, lambda one: one.tier.clear(ctx))
     return (
-        f"{member.name}: new machine from a bare Debian, {installed} installed by the agent; its "
-        "data volume and what lay on it survived; it serves"
+        f"new machines from a bare Debian, installed by the agent: {'; '.join(installed)}; the data"
+        " volumes and what lay on them survived; all serve"
     )
+
+
+class _Replaced:
+    """A member of a tier that becomes a new machine with the old data volume."""
+
+    MARKER = "/srv/mail/verify-marker"
+
+    def __init__(self, ctx: Context, tier: Tier) -> None:
+        self._ctx, self.tier = ctx, tier
+        self.member = ctx.platform.members(tier.role)[-1]
+        self._text = secrets.token_hex(16)
+        self._machine_id = self._left = ""
+
+    def leave(self) -> None:
+        """Have the old machine keep something that must survive."""
+        machine = self._ctx.lab.machine(self.member)
+        self._machine_id = machine.run("cat", "/etc/machine-id").strip()
+        self._left = self.tier.leave(self._ctx, self.member)
+        machine.run("sh", "-c", 'cat >"$1"', "sh", self.MARKER, input=self._text)
+
+    def find(self) -> str:
+        """It survived, and the new machine serves. Returns what the agent installed."""
+        name, fresh = self.member.name, self._ctx.lab.machine(self.member)
+        expect(
+            fresh.run("cat", "/etc/machine-id").strip() != self._machine_id,
+            f"{name} is still the same machine",
+        )
+        expect(fresh.run("cat", self.MARKER) == self._text, f"{name}: the data volume was not kept")
+        installed = _packages_installed(self._ctx, fresh, self.tier.packages)
+        self.tier.find(self._ctx, self.member, self._left)
+        expect(fresh.call(AGENT, "drift").returncode == 0, f"{name}: drift after the install")
+        fresh.run("rm", "-f", "--", self.MARKER)
+        return f"{name} ({installed})"
 
 
 def _expect_deferred(machine: LabMachine, recipient: str) -> None:

@@ -728,20 +728,22 @@ class Lab:
             if program.pulumi(arguments) != 0:
                 raise Failed(f"pulumi {' '.join(arguments)} fails")
 
-    def replace_with_bare(self, host: Host) -> None:
-        """Have the engine replace the host's machine by one that starts from a bare Debian."""
-        mark = self.state.bare / host.name
-        mark.touch()
+    def replace_with_bare(self, *hosts: Host) -> None:
+        """Have the engine replace hosts' machines by ones that start from a bare Debian."""
+        marks = [self.state.bare / host.name for host in hosts]
+        for mark in marks:
+            mark.touch()
         try:
-            self.replace(host)
+            self.replace(*hosts)
         finally:
-            mark.unlink()
+            for mark in marks:
+                mark.unlink()
 
-    def replace(self, host: Host) -> None:
-        """Have the engine replace the host's machine: a new root volume, the old data volume."""
+    def replace(self, *hosts: Host) -> None:
+        """Have the engine replace hosts' machines: new root volumes, the old data volumes."""
         with self._alone():
             program = platform_up.stack(self.state, Progress(quiet=True))
-            program.up(Progress(quiet=True), replace=[f"{host.name}-root"])
+            program.up(Progress(quiet=True), replace=[f"{host.name}-root" for host in hosts])
 
     @staticmethod
     def _alone() -> AbstractContextManager[None]:

@@ -51,8 +51,8 @@ def test_a_machine_that_had_everything_turns_host_5_red(
 ) -> None:
     """Its packages come with the image, so the agent has nothing to show."""
 
-    def from_the_full_image(self: Lab, host: Host) -> None:
-        self.replace(host)
+    def from_the_full_image(self: Lab, *hosts: Host) -> None:
+        self.replace(*hosts)
 
     monkeypatch.setattr(Lab, "replace_with_bare", from_the_full_image)
     expect_red(platform_up, "HOST-5", "shows no installation of the mail daemons")
