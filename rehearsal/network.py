@@ -548,6 +548,13 @@ def _add_namespace(name: str, *, router: bool = False) -> None:
     _ip(name, ["link set lo up"])
 
 
+def _own_mac(device: str) -> str:
+    """A locally administered MAC address that is always the same for a device's name."""
+    return ":".join(
+        ["02", *(f"{octet:02x}" for octet in hashlib.sha256(device.encode()).digest()[:5])]
+    )
+
+
 def cable_name(machine: str, leg: int) -> str:
     """Device name in core of the cable to a machine's interface number ``leg``."""
     return f"v{hashlib.sha256(machine.encode()).hexdigest()[:9]}-{leg}"
@@ -641,7 +648,12 @@ class Network:
         bridges = [(b.name, b.addresses) for b in self.plan.bridges] + [(INET, INET_CORE)]
         for name, addresses in bridges:
             if name not in there:
-                commands.append(f"link add {name} type bridge stp_state 0 forward_delay 0")
+                # Without an address of its own it would have that of a cable, and another one when
+                # that machine dies: its neighbours would look for the gateway for ten seconds.
+                commands.append(
+                    f"link add {name} address {_own_mac(name)} type bridge"
+                    " stp_state 0 forward_delay 0"
+                )
                 commands.append(f"link set {name} type bridge mcast_snooping 0")
             commands += [f"addr replace {a} dev {name} {_nodad(a.ip)}" for a in addresses]
             commands.append(f"link set {name} up")

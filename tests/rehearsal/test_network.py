@@ -107,6 +107,26 @@ def test_a_half_built_network_is_completed(tmp_path: Path) -> None:
 
 
 @isolated
+def test_a_gateway_keeps_its_address_when_a_machine_dies(tmp_path: Path) -> None:
+    sealed = Network(platform(), State(tmp_path))
+    sealed.up()
+    bridge = sealed.plan.bridges[0].name
+
+    def address() -> str:
+        (link,) = network._ip_json(CORE, "link", "show", bridge)
+        return str(link["address"])
+
+    before = address()
+    for name in ("one", "other"):
+        network.plug(name, [(bridge, "02:00:00:00:00:01")])
+        assert address() == before
+    for name in ("one", "other"):
+        network.unplug(name)
+        assert address() == before
+    sealed.down()
+
+
+@isolated
 def test_sending_is_refused_outside_and_where_a_cable_leads_out(tmp_path: Path) -> None:
     with pytest.raises(RehearsalError, match="real networks"):
         network.assert_sealed()
