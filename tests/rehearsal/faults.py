@@ -61,14 +61,17 @@ def _wait(machine: LabMachine, unit: str) -> None:
 
 @contextmanager
 def open_port(context: Context, host: Host, port: int) -> Iterator[None]:
-    """The packet filter of a machine of ours lets everyone reach a TCP port."""
+    """The platform's packet filter on a host lets everyone reach a TCP port."""
     machine = context.lab.machine(host)
+    table, unit = (
+        ("filter", "nftables.service") if host.is_managed else ("mail", "mail-nftables.service")
+    )
     rule = f"tcp dport {port} accept"
     try:
-        machine.run("nft", "insert", "rule", "inet", "filter", "input", *rule.split())
+        machine.run("nft", "insert", "rule", "inet", table, "input", *rule.split())
         yield
     finally:
-        machine.run("systemctl", "reload", "nftables.service")
+        machine.run("systemctl", "reload", unit)
 
 
 def edit(path: str, *expressions: str) -> tuple[str, ...]:

@@ -80,7 +80,10 @@ def test_scripts_that_do_not_run_before_turn_box_5_red(platform_up: Context) -> 
 def test_filters_that_anyone_edits_turn_box_6_red(platform_up: Context) -> None:
     frontend = platform_up.frontends[-1]
     anyone = edit("/etc/nginx/mail-streams.d/managesieve.conf", "s/deny all;/allow all;/")
-    with changed_by_hand(platform_up, frontend, anyone, restart=NGINX):
+    with (
+        changed_by_hand(platform_up, frontend, anyone, restart=NGINX),
+        open_port(platform_up, frontend, MANAGESIEVE),
+    ):
         expect_red(platform_up, "BOX-6", f"{frontend.name}.*port {MANAGESIEVE} greets")
 
 
