@@ -25,6 +25,7 @@ import itertools
 import json
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -414,27 +415,46 @@ def assert_sealed() -> None:
     a cable whose other end is in another of ours. Everything that sends calls this first.
     """
     here = Path("/proc/thread-self/ns/net").stat().st_ino
-    if time.monotonic() - _sealed.get(here, -1.0) < _SEALED_SECONDS:
-        return
     if here == _host_inode() or here not in _inodes(namespaces()):
         raise RehearsalError(
             "this would send to real networks: it does not run in a sealed network of a rehearsal",
             "start a rehearsal with: make rehearsal, and run this through python -m rehearsal",
         )
-    # While a machine is plugged in or out, one of its cables may seem to lead nowhere.
-    deadline = time.monotonic() + _PLUGGING_SECONDS
-    while leak := _leak():
-        if time.monotonic() > deadline:
-            raise RehearsalError(leak, "run: make down")
-        time.sleep(0.02)
-    _sealed[here] = time.monotonic()
+    _seal.make_sure()
 
 
-_PLUGGING_SECONDS = 15.0
-"""On a busy machine one look at all namespaces takes seconds."""
-_SEALED_SECONDS = 2.0
-_sealed: dict[int, float] = {}
-"""Namespace -> when it was last seen to be sealed: many connections are opened in a row."""
+class _Seal:
+    """Whether the namespaces are sealed, all of them at once.
+
+    One look serves every thread for a while: many connections are opened in a row.
+    """
+
+    SECONDS = 2.0
+    PLUGGING_SECONDS = 15.0
+    """On a busy machine one look at all namespaces takes seconds."""
+
+    def __init__(self) -> None:
+        self._seen = -self.SECONDS
+        self._lock = threading.Lock()
+
+    def make_sure(self) -> None:
+        with self._lock:
+            if time.monotonic() - self._seen < self.SECONDS:
+                return
+            # While a machine is plugged in or out, one of its cables may seem to lead nowhere.
+            deadline = time.monotonic() + self.PLUGGING_SECONDS
+            while leak := _leak():
+                if time.monotonic() > deadline:
+                    raise RehearsalError(leak, "run: make down")
+                time.sleep(0.02)
+            self._seen = time.monotonic()
+
+    def forget(self) -> None:
+        """Look again next time."""
+        self._seen = -self.SECONDS
+
+
+_seal = _Seal()
 
 
 def _inodes(names: Iterable[str]) -> set[int]:
@@ -450,10 +470,10 @@ def _leak() -> str:
     ours = namespaces()
     for name in ours:
         try:
-            peers = {e["nsid"]: e.get("name", "") for e in _ip_json(name, "netns", "list-id")}
-            links = _ip_json(name, "-d", "link")
-        except subprocess.CalledProcessError:
+            known, links = _look_into(name)
+        except (subprocess.CalledProcessError, RehearsalError):
             return f"{name} cannot be looked into"
+        peers = {e["nsid"]: e.get("name", "") for e in known}
         for link in links:
             device = f"{link['ifname']} in {name}"
             if link["link_type"] == "loopback":
@@ -466,6 +486,25 @@ def _leak() -> str:
                 if peer not in ours:
                     return f"{device} leads out of the sealed network, to {peer or 'the host'}"
     return ""
+
+
+def _look_into(namespace: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The namespaces that a namespace has cables to, and its devices.
+
+    By one command, which inherits the network: ``ip -n`` would copy all mounts of the machine.
+    """
+    with enter(namespace):
+        done = subprocess.run(
+            ["ip", "-json", "-details", "-batch", "-"],
+            input="netns list-id\nlink\n",
+            check=True,
+            text=True,
+            capture_output=True,
+        )
+    peers, links = (
+        [entry for entry in json.loads(line) if entry] for line in done.stdout.splitlines()
+    )
+    return peers, links
 
 
 def _ip(namespace: str, commands: Iterable[str]) -> None:

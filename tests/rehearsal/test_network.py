@@ -142,7 +142,7 @@ def test_sending_is_refused_outside_and_where_a_cable_leads_out(tmp_path: Path) 
     subprocess.run(
         f"ip -n {CORE} link add leak type veth peer name leak0 netns stranger".split(), check=True
     )
-    network._sealed.clear()
+    network._seal.forget()
     with network.enter(OPERATOR), pytest.raises(RehearsalError, match=f"leak in {CORE} leads out"):
         network.assert_sealed()
     sealed.down()
