@@ -8,6 +8,7 @@ from functools import partial
 
 import pulumi
 
+from components.cloudflare import DnsRecord
 from components.secrets import SecretStore
 from mailsite import secret_names
 from mailsite.model import Platform
@@ -89,10 +90,8 @@ class MailDns(pulumi.ComponentResource):
     def _publish(
         self, entry: Entry, zone_id: str, after: Sequence[pulumi.Resource]
     ) -> pulumi.Resource:
-        import pulumi_cloudflare as cloudflare  # takes seconds to import: only where it is used
-
         record = entry.record
-        return cloudflare.DnsRecord(
+        return DnsRecord(
             record.key,
             zone_id=zone_id,
             name=record.name,

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from components import cloudflare
 from rehearsal.standins.base import Input, Resource
 from rehearsal.standins.cloudflare import DnsRecord
 from rehearsal.standins.command import RemoteCommand
@@ -87,6 +88,14 @@ def test_inputs_are_those_of_the_package(resource: type[Resource]) -> None:
     assert {camel(p.name): p.default is inspect.Parameter.empty for p in parameters} == {
         key: entry.required for key, entry in resource.inputs.items()
     }
+
+
+def test_the_platforms_own_dns_record_is_that_of_the_package() -> None:
+    parameters = inspect.signature(cloudflare.DnsRecord.__init__).parameters.values()
+    sent = {camel(p.name) for p in parameters if p.kind is p.KEYWORD_ONLY} - {"opts"}
+    assert cloudflare.DnsRecord.pulumi_type == sdk(DnsRecord).pulumi_type
+    assert sent <= set(DnsRecord.inputs)
+    assert {key for key, entry in DnsRecord.inputs.items() if entry.required} <= sent
 
 
 def test_outputs_are_outputs_of_the_package(resource: type[Resource]) -> None:
