@@ -92,6 +92,9 @@ def up(site: Site, state: State, progress: Progress) -> dict[str, int]:
     tools.ensure(progress)
     found = engine.ensure(progress)
     layers = image.ensure(progress)
+    if program.is_unrecorded(state, site.stack):
+        progress.say("the run that created this platform was killed; it is built anew")
+        cleanup.down(state, progress)
     cleanup.claim(state)
     remember(state, site)
     program.end_leftovers(state)

@@ -280,6 +280,38 @@ def _folder(state: State) -> Path:
     return state.folder("project")
 
 
+def _latest(state: State, stack: str) -> dict[str, Any]:
+    """The stack's state as the engine last wrote it; empty before that."""
+    path = state.folder("stack") / f".pulumi/stacks/{PROJECT}/{stack}.json"
+    if not path.exists():
+        return {}
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return document["checkpoint"].get("latest") or {}
+
+
+def is_unrecorded(state: State, stack: str) -> bool:
+    """Whether there are machines or records that the stack does not know of.
+
+    The run that creates a platform writes its state when it ends. Killed before, it leaves
+    these, and the next run cannot go on: to it they are somebody else's.
+    """
+    books = (state.root / "standins").glob("*.json")
+    made = any(_holds(json.loads(book.read_text(encoding="utf-8"))) for book in books)
+    return made and not _latest(state, stack).get("resources")
+
+
+def _holds(book: Any) -> bool:
+    """Whether a stand-in's book has an entry, below chapters that may be empty."""
+    return any(map(_holds, book.values())) if isinstance(book, dict) else True
+
+
+def _keys(path: Path) -> set[str]:
+    """What a stack's configuration file sets; to ask the engine would decrypt all of it."""
+    if not path.exists():
+        return set()
+    return set((YAML(typ="safe").load(path) or {}).get("config") or {})
+
+
 def _program() -> None:
     """The platform's own program, unchanged."""
     runpy.run_path(str(CHECKOUT / "__main__.py"), run_name="__main__")
@@ -320,6 +352,8 @@ class _Inside:
 
     def configure(self, stack: automation.Stack, document: Mapping[str, Mapping[str, str]]) -> None:
         """Set what differs from last time. Secrets go in on standard input, never as arguments."""
+        from pulumi import automation
+
         digests = {
             key: hashlib.sha256(f"{kind} {value}".encode()).hexdigest()
             for kind, values in document.items()
@@ -327,13 +361,21 @@ class _Inside:
         }
         kept = _folder(self.state) / "configured.json"
         known: dict[str, str] = json.loads(kept.read_text()) if kept.exists() else {}
-        there = stack.get_all_config()
-        for key in there.keys() - digests.keys():
+        there = _keys(_folder(self.state) / f"Pulumi.{self.stack_name}.yaml")
+        for key in there - digests.keys():
             stack.remove_config(key)
-        for kind, values in document.items():
-            for key, value in values.items():
-                if key not in there or known.get(key) != digests[key]:
-                    self._set(key, value, secret=kind == "secret")
+
+        def due(kind: str) -> dict[str, str]:
+            return {
+                key: value
+                for key, value in document[kind].items()
+                if key not in there or known.get(key) != digests[key]
+            }
+
+        if plain := due("plain"):
+            stack.set_all_config({k: automation.ConfigValue(v) for k, v in plain.items()})
+        for key, value in due("secret").items():
+            self._set(key, value, secret=True)
         write_atomic(kept, json.dumps(digests))
 
     def _set(self, key: str, value: str, *, secret: bool) -> None:
@@ -371,6 +413,11 @@ class _Inside:
         interrupted = self._pending()
         if document is not None:
             self.configure(stack, document)
+        if not _latest(self.state, self.stack_name).get("resources"):
+            # See is_unrecorded(). To write it at each of some six hundred steps takes a quarter
+            # of the whole run.
+            own = stack.workspace
+            own.env_vars = {**own.env_vars, "PULUMI_SKIP_CHECKPOINTS": "true"}
         urns = self._urns(stack, replace)
         running = _Watch(self.progress, self.state.root / _LOG).running()
         with self._other_site(stack), running as watch:
@@ -381,6 +428,7 @@ class _Inside:
                         on_event=watch.event,
                         color="never",
                         suppress_outputs=True,
+                        show_secrets=False,
                         replace=urns or None,
                     ),
                     watch,
@@ -397,10 +445,7 @@ class _Inside:
 
     def _pending(self) -> list[str]:
         """What a killed engine was about to create, and perhaps did without noting it."""
-        path = self.state.folder("stack") / f".pulumi/stacks/{PROJECT}/{self.stack_name}.json"
-        if not path.exists():
-            return []
-        latest = json.loads(path.read_text(encoding="utf-8"))["checkpoint"].get("latest") or {}
+        latest = _latest(self.state, self.stack_name)
         pending = latest.get("pending_operations") or []
         return [_label(p["resource"]["urn"]) for p in pending if p["type"] == "creating"]
 

@@ -125,6 +125,33 @@ def test_nothing_of_the_callers_credentials_reaches_the_engine(
     assert passphrase.read_text() not in found.values()
 
 
+@pytest.mark.parametrize(
+    ("book", "latest", "expected"),
+    [
+        ({"kvm": {"volumes": {"root": {"size": 1}}}}, None, True),
+        ({"kvm": {"volumes": {"root": {"size": 1}}}}, {"resources": []}, True),
+        ({"kvm": {"volumes": {"root": {"size": 1}}}}, {"resources": [{"urn": "urn:x"}]}, False),
+        ({"kvm": {"volumes": {}, "domains": {}}}, None, False),
+        (None, None, False),
+    ],
+)
+def test_a_platform_that_its_killed_run_never_wrote_down_is_known(
+    tmp_path: Path, book: Any, latest: Any, expected: bool
+) -> None:
+    state = State(tmp_path)
+    if book is not None:
+        (state.folder("standins") / "libvirt.json").write_text(json.dumps(book))
+        stacks = state.folder("stack", ".pulumi", "stacks", "mail")
+        (stacks / "pelican.json").write_text(json.dumps({"checkpoint": {"latest": latest}}))
+    assert program.is_unrecorded(state, "pelican") is expected
+
+
+def test_a_configured_stack_tells_its_keys_without_being_decrypted(project: Path) -> None:
+    assert "cloudflare:apiToken" in program._keys(project / "Pulumi.pelican.yaml")
+    assert program._keys(project / "Pulumi.tern.yaml") == set()
+    assert program._keys(project / "Pulumi.gull.yaml") == set()
+
+
 def test_throwaway_secrets_stay_the_same_and_are_nobody_elses(tmp_path: Path) -> None:
     state = State(tmp_path)
     private, public = secrets.operator_key(state)
