@@ -110,9 +110,9 @@ def up(site: Site, state: State, progress: Progress) -> dict[str, int]:
     ]
     steps: list[tuple[str, Callable[[], None]]] = [("the outside world", world.up)]
     steps += [(f"existing machine {e.host.name}", e.up) for e in operators]
+    steps.append(("stand-in providers", lambda: start_standins(site, state)))
     _at_once(steps, progress)
     _write_overlay(state, platform, world, operators)
-    start_standins(site, state, progress)
 
     rehearsed = program.Program(state, site.stack, found)
     values = program.settings(
@@ -160,16 +160,19 @@ def _write_overlay(
         state.write(path.name, text)
 
 
-def start_standins(site: Site, state: State, progress: Progress) -> None:
-    """Start the stand-in providers, unless they run with the same site data and code."""
-    mark = standins_mark(site, state)
+def start_standins(site: Site, state: State) -> None:
+    """Start the stand-in providers, unless they run with the same site data and code.
+
+    They ask nothing of the outside world before the engine asks something of them.
+    """
+    mark = standins_mark(site)
     running = state.process(_STANDINS)
     if running is not None and state.standins.exists():
         if state.read_json("standins.mark.json").get("mark") == mark:
             return
         running.end()
     state.standins.unlink(missing_ok=True)
-    with progress.step("stand-in providers"), (state.root / "standins.log").open("ab") as log:
+    with (state.root / "standins.log").open("ab") as log:
         # They outlive this command, and its terminal.
         child = subprocess.Popen(
             [
@@ -197,15 +200,14 @@ def start_standins(site: Site, state: State, progress: Progress) -> None:
     state.write("standins.mark.json", json.dumps({"mark": mark}))
 
 
-def standins_mark(site: Site, state: State) -> str:
+def standins_mark(site: Site) -> str:
     """Changes when the stand-ins would have to be started anew: their code, or the site data."""
     parts: list[str] = [str(site.folder)]
     folders = (CHECKOUT / "rehearsal", CHECKOUT / "mailsite", site.folder)
     paths = [p for f in folders for p in f.rglob("*") if p.suffix in (".py", ".yaml")]
-    for path in sorted([*paths, state.world_overlay]):
-        if path.exists():
-            stat = path.stat()
-            parts.append(f"{path} {stat.st_mtime_ns} {stat.st_size}")
+    for path in sorted(paths):
+        stat = path.stat()
+        parts.append(f"{path} {stat.st_mtime_ns} {stat.st_size}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

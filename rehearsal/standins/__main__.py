@@ -50,7 +50,7 @@ def main() -> None:
 
     state = State(arguments.state)
     with state.lock("standins"):
-        platform = load_platform(arguments.site, state.world_overlay)
+        platform = load_platform(arguments.site)
         found = image.ensure(Progress())
 
         def layers(name: str) -> Sequence[Path]:
