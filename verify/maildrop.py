@@ -625,7 +625,7 @@ FORGOTTEN = 60.0
 """Seconds in which the MX has asked again whether there is room."""
 
 
-@check("BOX-7", quick=True, alone=True)
+@check("BOX-7", quick=True, disturbs=("smtp_in", "maildrop"))
 def full_mailboxes_refuse_mail(ctx: Context) -> str:
     """While a mailbox is full the MX refuses its mail at RCPT; with room again it arrives."""
     box = _limited(ctx)

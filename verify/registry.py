@@ -54,6 +54,8 @@ class Phase(StrEnum):
 
     TOGETHER = "together"
     """Only looks, and sends mail: runs beside others."""
+    APART = "apart"
+    """Changes something of a tier for a moment: beside those that disturb other tiers."""
     ALONE = "alone"
     """Changes something for a moment and puts it back: nothing runs beside it."""
     DISRUPTIVE = "disruptive"
@@ -70,6 +72,7 @@ class Check:
         live: Suits a live platform.
         quick: Belongs to the quick set of a rehearsal; live checks always do.
         phase: When it runs.
+        disturbs: Tiers that nobody else may count on meanwhile.
     """
 
     id: str
@@ -77,6 +80,7 @@ class Check:
     live: bool
     quick: bool
     phase: Phase
+    disturbs: frozenset[str] = frozenset()
 
     @property
     def title(self) -> str:
@@ -122,6 +126,7 @@ class Registry:
         *,
         live: bool = False,
         quick: bool = False,
+        disturbs: Iterable[str] = (),
         alone: bool = False,
         disruptive: bool = False,
     ) -> Callable[[Function], Function]:
@@ -131,7 +136,9 @@ class Registry:
             identifier: Id of the contract's row.
             live: Suits a live platform.
             quick: Belongs to the quick set of a rehearsal.
-            alone: Changes something and puts it back: nothing may run beside it.
+            disturbs: Tiers of which it changes something and puts it back: no check that
+                disturbs or needs them may run beside it.
+            alone: The same, of anything: nothing may run beside it.
             disruptive: Takes machines away: runs alone, after everything else.
 
         Raises:
@@ -139,9 +146,18 @@ class Registry:
                 has no docstring; or a check that would disturb is to be run live.
         """
         contract_order(identifier)
-        if live and (alone or disruptive):
+        tiers = frozenset(disturbs)
+        if live and (tiers or alone or disruptive):
             raise ValueError(f"{identifier}: a live check must not disturb the platform")
-        phase = Phase.DISRUPTIVE if disruptive else Phase.ALONE if alone else Phase.TOGETHER
+        phase = (
+            Phase.DISRUPTIVE
+            if disruptive
+            else Phase.ALONE
+            if alone
+            else Phase.APART
+            if tiers
+            else Phase.TOGETHER
+        )
 
         def register(function: Function) -> Function:
             if identifier in self._checks:
@@ -149,7 +165,7 @@ class Registry:
                 raise ValueError(
                     f"{identifier} has a check already: {other.__module__}.{other.__qualname__}"
                 )
-            added = Check(identifier, function, live, quick, phase)
+            added = Check(identifier, function, live, quick, phase, tiers)
             if not added.title:
                 raise ValueError(f"{identifier}: {function.__qualname__} needs a docstring")
             self._checks[identifier] = added

@@ -1,4 +1,5 @@
-"""Makes the checks of a run: those that only look side by side, the others one by one."""
+"""Makes the checks of a run: those that only look side by side, then those that disturb one tier
+beside those that disturb another, and the others one by one."""
 
 from __future__ import annotations
 
@@ -6,12 +7,13 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 from verify.context import Context, describe
 from verify.registry import Check, Failed, Phase, Skipped
 from verify.report import Report, Result, Status
 
-WORKERS = 6
+WORKERS = 12
 """Checks side by side. They mostly wait for the platform."""
 
 Progress = Callable[[str], None]
@@ -34,6 +36,16 @@ def make(check: Check, context: Context) -> Result:
     if status is Status.FAIL:
         context.keep_transcript(check.id, fresh.transcript)
     return Result(check.id, status, observed, seconds, tuple(fresh.notes))
+
+
+def groups(checks: Sequence[Check]) -> list[list[Check]]:
+    """The checks, those together that share a tier, straight or through others, in their order."""
+    found: list[list[Check]] = []
+    for check in checks:
+        mine = [g for g in found if any(check.disturbs & other.disturbs for other in g)]
+        found = [g for g in found if g not in mine] + [[*chain.from_iterable(mine), check]]
+    order = {check.id: number for number, check in enumerate(checks)}
+    return [sorted(group, key=lambda c: order[c.id]) for group in found]
 
 
 def run(
@@ -66,8 +78,18 @@ def run(
         progress(f"side by side: {' '.join(c.id for c in together)}")
         with ThreadPoolExecutor(max_workers=WORKERS) as pool:
             results += pool.map(one, together)
+
+    def in_turn(group: Sequence[Check]) -> list[Result]:
+        return [one(check) for check in group]
+
+    apart = groups([c for c in checks if c.phase is Phase.APART])
+    if apart:
+        named = ", ".join(" ".join(c.id for c in group) for group in apart)
+        progress(f"in turn, beside one another: {named}")
+        with ThreadPoolExecutor(max_workers=len(apart)) as pool:
+            results += chain.from_iterable(pool.map(in_turn, apart))
     for check in checks:
-        if check.phase is not Phase.TOGETHER:
+        if check.phase not in (Phase.TOGETHER, Phase.APART):
             progress(f"{check.id}: {check.title} ...")
             results.append(one(check))
     results += [Result(c.id, Status.SKIP, reason) for c in left_out]

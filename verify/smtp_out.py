@@ -270,7 +270,7 @@ def _outside_domain(ctx: Context) -> str:
     return ctx.lab.world.domain("strict")
 
 
-@check("OUT-3", quick=True, alone=True)
+@check("OUT-3", quick=True, disturbs=("smtp_out",))
 def mail_is_signed(ctx: Context) -> str:
     """One valid, aligned DKIM signature for each domain, for bounces too, or nothing leaves."""
     lab = ctx.lab
@@ -597,7 +597,7 @@ def _recipients(ctx: Context, queue: str = "") -> set[str]:
     }
 
 
-@check("OUT-6", quick=True, alone=True)
+@check("OUT-6", quick=True, disturbs=("smtp_out",))
 def tls_level_holds(ctx: Context) -> str:
     """The TLS level of the site data holds outbound, each level does; wrong names are refused."""
     lab = ctx.lab
@@ -765,7 +765,7 @@ def limits_count_clients(ctx: Context) -> str:
     )
 
 
-@check("OUT-8", quick=True, alone=True)
+@check("OUT-8", quick=True, disturbs=("smtp_out",))
 def users_are_held_to_their_limits(ctx: Context) -> str:
     """GTUBE, too much mail, a suspended user and foreign senders are refused on the way out."""
     observed = [_gtube_is_refused(ctx), _mail_is_counted(ctx), _suspended_users_are_refused(ctx)]

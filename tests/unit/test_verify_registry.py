@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,8 +75,10 @@ def test_disruptive_checks_come_last_and_each_phase_is_in_the_contracts_order() 
     registry.check("OUT-10")(looks)
     registry.check("DNS-1")(looks)
     registry.check("OUT-2")(looks)
+    registry.check("BOX-1", disturbs=("maildrop",))(looks)
+    registry.check("OUT-6", disturbs=("smtp_out",))(looks)
     assert [c.id for c in registry.all()] == [
-        "OUT-2", "OUT-10", "DNS-1", "HOST-4", "CHANGE-1", "EDGE-1",
+        "OUT-2", "OUT-10", "DNS-1", "OUT-6", "BOX-1", "HOST-4", "CHANGE-1", "EDGE-1",
     ]  # fmt: skip
     assert registry["EDGE-1"].phase is Phase.DISRUPTIVE
 
@@ -101,10 +104,10 @@ def test_a_check_without_a_title_is_refused() -> None:
         Registry().check("OUT-1")(silent)
 
 
-@pytest.mark.parametrize("how", ["alone", "disruptive"])
-def test_what_disturbs_is_not_for_a_live_platform(how: str) -> None:
+@pytest.mark.parametrize("how", [{"alone": True}, {"disruptive": True}, {"disturbs": ["rspamd"]}])
+def test_what_disturbs_is_not_for_a_live_platform(how: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must not disturb"):
-        Registry().check("OUT-1", live=True, **{how: True})
+        Registry().check("OUT-1", live=True, **how)
 
 
 def test_only_some_ids_are_selected_in_the_order_of_a_run() -> None:

@@ -156,6 +156,51 @@ def test_checks_that_only_look_run_side_by_side_and_the_others_alone(context: Co
     assert report.count(Status.PASS) == 4
 
 
+def test_checks_that_disturb_one_tier_take_turns_beside_those_of_another(context: Context) -> None:
+    both = threading.Barrier(2, timeout=5)
+    busy = {"smtp_out": threading.Lock(), "smtp_in": threading.Lock()}
+    order: list[str] = []
+
+    def disturbing(identifier: str, *tiers: str, meets: bool) -> Check:
+        def look(context: Context) -> str:
+            """Disturbs."""
+            for tier in tiers:
+                assert busy[tier].acquire(blocking=False), f"another check disturbs {tier}"
+            if meets:
+                both.wait()
+            order.append(identifier)
+            for tier in tiers:
+                busy[tier].release()
+            return ""
+
+        return Check(identifier, look, False, True, Phase.APART, frozenset(tiers))
+
+    report = runner.run(
+        [
+            disturbing("OUT-3", "smtp_out", meets=True),
+            disturbing("OUT-6", "smtp_out", meets=False),
+            disturbing("IN-4", "smtp_in", meets=True),
+        ],
+        context,
+    )
+    assert report.count(Status.PASS) == 3, report.table()
+    assert order.index("OUT-3") < order.index("OUT-6")
+
+
+def test_what_shares_a_tier_through_another_takes_turns_too() -> None:
+    def disturbing(identifier: str, *tiers: str) -> Check:
+        return Check(identifier, passes, False, True, Phase.APART, frozenset(tiers))
+
+    checks = [
+        disturbing("OUT-3", "smtp_out"),
+        disturbing("IN-4", "smtp_in"),
+        disturbing("BOX-7", "smtp_in", "maildrop"),
+        disturbing("BOX-1", "maildrop"),
+    ]
+    found = [[c.id for c in group] for group in runner.groups(checks)]
+    assert sorted(found) == [["IN-4", "BOX-7", "BOX-1"], ["OUT-3"]]
+
+
 def test_each_names_every_failure() -> None:
     def look(number: int) -> int:
         if number % 2:
