@@ -34,7 +34,7 @@ import dns.rrset
 
 PORT = 53
 TTL = 1
-_POLL_SECONDS = 0.02
+_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)

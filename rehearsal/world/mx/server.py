@@ -31,7 +31,7 @@ from aiosmtpd.smtp import SMTP, Envelope, Session
 from . import judge
 
 PORT = 25
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.1
 _LARGEST_MESSAGE = 64 * 1024 * 1024
 _DEMANDS: dict[str, Callable[[judge.Verdict], str | None]] = {
     "nothing": lambda verdict: None,
