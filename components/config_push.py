@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import pulumi
 from pulumi_command import Provider, remote
 
-from mailsite.bundle import Bundle, File, compose_secrets, secrets_json
+from mailsite.bundle import Bundle, File, secrets_json
 from mailsite.cloud_init import AGENT
-from mailsite.model import Host, Platform
+from mailsite.model import Host
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,6 @@ class ConfigPushArgs:
     the platform did not make. ``after`` must be done before the host changes.
     """
 
-    platform: Platform
     host: Host
     bundle: Bundle
     secrets: Mapping[str, pulumi.Output[str]]
@@ -65,7 +64,7 @@ class ConfigPush(pulumi.ComponentResource):
             secret = self._secret_document()
             label = digest_of(secret)
             # A new machine answers before cloud-init has brought the agent.
-            wait = "cloud-init status --wait >/dev/null 2>&1; " if args.machine else ""
+            wait = "systemctl is-system-running --wait >/dev/null; " if args.machine else ""
             staged = self._command(
                 f"{name}-secrets",
                 f"{wait}sudo -n {AGENT} stage-secrets",
@@ -92,7 +91,7 @@ class ConfigPush(pulumi.ComponentResource):
 
         def build(resolved: Sequence[str]) -> str:
             key, *rest = resolved
-            files = compose_secrets(args.platform, args.host, dict(zip(names, rest, strict=True)))
+            files = args.bundle.with_secrets(dict(zip(names, rest, strict=True)))
             return sealed_json(args.host.name, files, key)
 
         return pulumi.Output.secret(values.apply(build))

@@ -15,7 +15,6 @@ from mailsite import secret_names
 from mailsite.bundle import Bundle, compose
 from mailsite.model import Host as SiteHost
 from mailsite.model import Platform, Role
-from mailsite.secrets import required
 
 #: Roles that the platform builds, in the order of precedence for hosts with several.
 TIERS = (Role.SMTP_OUT, Role.SMTP_IN, Role.RSPAMD, Role.MAILDROP, Role.FRONTEND)
@@ -48,11 +47,8 @@ class Fleet:
         for host in hosts:
             if host.vm is None:
                 pinned_key(platform, host)
-        return cls(
-            platform=platform,
-            bundles={host.name: compose(platform, host) for host in hosts},
-            needed={host.name: required(platform, host) for host in hosts},
-        )
+        bundles = {host.name: compose(platform, host) for host in hosts}
+        return cls(platform, bundles, {name: bundle.secrets for name, bundle in bundles.items()})
 
     @property
     def hosts(self) -> tuple[SiteHost, ...]:
@@ -157,7 +153,6 @@ class Host(pulumi.ComponentResource):
         push = ConfigPush(
             name,
             ConfigPushArgs(
-                platform=platform,
                 host=host,
                 bundle=args.fleet.bundles[host.name],
                 secrets={s: args.secrets.get(s) for s in args.fleet.needed[host.name]},

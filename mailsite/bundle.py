@@ -60,7 +60,7 @@ ROLES: Mapping[Role, Callable[[Platform, Host], Fragment]] = {
 
 @dataclass(frozen=True)
 class Bundle:
-    """Everything public that a host gets; ``secret_files`` come apart, see compose_secrets()."""
+    """Everything public that a host gets; ``secret_files`` come apart, see with_secrets()."""
 
     host: str
     files: Mapping[str, File]
@@ -71,6 +71,19 @@ class Bundle:
     services: tuple[Service, ...]
     health: tuple[Health, ...]
     guarded: tuple[str, ...]
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """The names of all secrets that the secret files need, sorted, each once."""
+        return tuple(sorted({n for file in self.secret_files.values() for n in file.secrets}))
+
+    def with_secrets(self, values: Mapping[str, str]) -> dict[str, File]:
+        """The secret files, path -> file, from ``values``: secret name -> value.
+
+        Raises:
+            KeyError: ``values`` lacks a name of :attr:`secrets`.
+        """
+        return {path: file.build(values) for path, file in sorted(self.secret_files.items())}
 
     def public_json(self) -> str:
         """The document that the push hands to the agent: the same text for the same site data.
@@ -129,8 +142,7 @@ def compose_secrets(platform: Platform, host: Host, values: Mapping[str, str]) -
     Raises:
         KeyError: ``values`` lacks a name of :func:`mailsite.secrets.required`.
     """
-    wanted = compose(platform, host).secret_files
-    return {path: wanted[path].build(values) for path in sorted(wanted)}
+    return compose(platform, host).with_secrets(values)
 
 
 def secrets_json(host: str, digest: str, files: Mapping[str, File]) -> str:

@@ -11,6 +11,7 @@ import base64
 import gzip
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ DATA_LABEL = "mail-data"
 DATA_MOUNT = "/srv/mail"
 
 _UNITS = "/etc/systemd/system"
+_SSHD = "/etc/ssh/sshd_config.d"
+_DATA = "mail-data.service"
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,7 +106,6 @@ def user_data(host: Host, deploy_public_key: str, host_key: str, host_public_key
             "locale": False,
             "package_update": False,
             "disable_root": True,
-            "ssh_pwauth": False,
             "ssh_deletekeys": True,
             "ssh_keys": {
                 "ed25519_private": host_key,
@@ -120,17 +122,20 @@ def user_data(host: Host, deploy_public_key: str, host_key: str, host_public_key
                 }
             ],
             "write_files": [
+                # Before sshd starts. The module for it, `ssh_pwauth`, restarts a running sshd.
+                _file(f"{_SSHD}/50-cloud-init.conf", "PasswordAuthentication no\n", "0644"),
                 _packed(AGENT, agent_file("mail_agent.py"), "0755"),
                 _file("/usr/local/sbin/mail-data", _DATA_SCRIPT, "0755"),
-                _file(f"{_UNITS}/mail-data.service", _DATA_UNIT, "0644"),
+                _file(f"{_UNITS}/{_DATA}", _DATA_UNIT, "0644"),
                 _file(f"{_UNITS}/mail-agent-recover.service", recover, "0644"),
             ],
             # The keys are known to whoever made the machine: nobody reads them on its console.
             "no_ssh_fingerprints": True,
             "ssh": {"emit_keys_to_console": False},
             "runcmd": [
-                ["systemctl", "enable", "mail-agent-recover.service", "mail-data.service"],
-                ["systemctl", "start", "mail-data.service"],
+                # What is enabled counts from the next boot on: nothing has to be read again.
+                ["systemctl", "enable", "--no-reload", "mail-agent-recover.service", _DATA],
+                ["systemctl", "start", _DATA],
             ],
         }
     )
@@ -206,8 +211,12 @@ def _file(path: str, content: str, mode: str) -> dict[str, str]:
 
 def _packed(path: str, content: str, mode: str) -> dict[str, str]:
     """A long file, packed: the state keeps the text of every machine, and is written often."""
-    packed = base64.b64encode(gzip.compress(content.encode(), mtime=0)).decode()
-    return {**_file(path, packed, mode), "encoding": "gz+b64"}
+    return {**_file(path, _gzip(content), mode), "encoding": "gz+b64"}
+
+
+@cache
+def _gzip(content: str) -> str:
+    return base64.b64encode(gzip.compress(content.encode(), mtime=0)).decode()
 
 
 def _json(document: dict[str, Any]) -> str:

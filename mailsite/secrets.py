@@ -42,5 +42,4 @@ __all__ = [
 
 def required(platform: Platform, host: Host) -> tuple[str, ...]:
     """The names of all secrets in the secret bundle of ``host``, sorted, each once."""
-    wanted = compose(platform, host).secret_files.values()
-    return tuple(sorted({name for file in wanted for name in file.secrets}))
+    return compose(platform, host).secrets

@@ -132,7 +132,10 @@ def test_the_login_may_run_the_agent_and_nothing_else() -> None:
     assert user["sudo"] == ["ALL=(root) NOPASSWD: /usr/local/sbin/mail-agent"]
     assert user["ssh_authorized_keys"] == ["ssh-ed25519 AAAA op"]
     assert user["lock_passwd"] is True
-    assert data["ssh_pwauth"] is False
+    assert ("/etc/ssh/sshd_config.d/50-cloud-init.conf", "PasswordAuthentication no\n") in [
+        (file["path"], file["content"]) for file in data["write_files"]
+    ]
+    assert "ssh_pwauth" not in data
     assert data["disable_root"] is True
 
 
