@@ -28,6 +28,13 @@ from mailsite.bundle import Bundle, File, secrets_json
 from mailsite.cloud_init import AGENT
 from mailsite.model import Host
 
+#: What `cloud-init status --wait` looks for, which is another Python on a machine that boots.
+#: The first push turns cloud-init off; nothing has to be waited for from then on.
+_WAIT = (
+    "until [ -e /run/cloud-init/result.json ] || [ -e /etc/cloud/cloud-init.disabled ];"
+    " do sleep 0.2; done; "
+)
+
 
 @dataclass(frozen=True)
 class ConfigPushArgs:
@@ -64,7 +71,7 @@ class ConfigPush(pulumi.ComponentResource):
             secret = self._secret_document()
             label = digest_of(secret)
             # A new machine answers before cloud-init has brought the agent.
-            wait = "systemctl is-system-running --wait >/dev/null; " if args.machine else ""
+            wait = _WAIT if args.machine else ""
             staged = self._command(
                 f"{name}-secrets",
                 f"{wait}sudo -n {AGENT} stage-secrets",
