@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,28 @@ from .graph import MARK, ROOT, Graph, build
 SITES = ("example", "prod")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """The SDK of Cloudflare warns of seventy resources at its import, none of them ours."""
-    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:pulumi_cloudflare")
-
-
 def stack_config(site: str) -> dict[str, Any]:
     """The committed file of the stack of ``site``, by key without the project's name."""
     file = YAML(typ="safe").load(ROOT / f"Pulumi.{site}.yaml")
     return {key.removeprefix("mail:"): value for key, value in file["config"].items()}
 
 
+@cache
+def certified(site: str) -> frozenset[str]:
+    """The names that some host of the committed site must prove to be."""
+    platform = load_platform(ROOT / site)
+    wanted = {name for host in platform.hosts.values() for name in required(platform, host)}
+    return frozenset(name.split("/")[1] for name in wanted if name.startswith("certificate/"))
+
+
 def live_config(stack: str, /, **changes: Any) -> dict[str, Any]:
     """What the operator of a live platform has set, with marked secrets."""
     config = stack_config(stack)
-    platform = load_platform(ROOT / config["site"])
-    wanted = {name for host in platform.hosts.values() for name in required(platform, host)}
-    certified = {name.split("/")[1] for name in wanted if name.startswith("certificate/")}
     certificate = {"chain": "-----BEGIN CERTIFICATE-----", "key": f"-----BEGIN KEY----- {MARK}"}
     return config | {
         "live": "true",
         "deployKey": f"KEY {MARK}",
-        "certificates": dict.fromkeys(certified, certificate),
+        "certificates": dict.fromkeys(sorted(certified(config["site"])), certificate),
         **changes,
     }
 

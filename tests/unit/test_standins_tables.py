@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import re
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -32,7 +34,7 @@ from rehearsal.standins.values import (
 )
 
 SDK: dict[type[Resource], str] = {
-    DnsRecord: "pulumi_cloudflare.DnsRecord",
+    DnsRecord: "pulumi_cloudflare.dns_record.DnsRecord",
     RemoteCommand: "pulumi_command.remote.Command",
     VolumeResource: "pulumi_libvirt.Volume",
     CloudInitDisk: "pulumi_libvirt.CloudInitDisk",
@@ -67,8 +69,22 @@ def camel(name: str) -> str:
     return head + "".join(word.title() for word in rest)
 
 
+@functools.cache
+def cloudflare_package() -> None:
+    """Have ``pulumi_cloudflare`` load a module alone: all of them take ten seconds to compile."""
+    spec = importlib.util.find_spec("pulumi_cloudflare")
+    assert spec is not None
+    package = sys.modules[spec.name] = ModuleType(spec.name)
+    package.__path__ = list(spec.submodule_search_locations or ())
+    for shared in ("outputs", "_inputs"):
+        empty = sys.modules[f"{spec.name}.{shared}"] = ModuleType(f"{spec.name}.{shared}")
+        setattr(package, shared, empty)
+    importlib.import_module(f"{spec.name}.dns_record")
+
+
 def sdk(resource: type[Resource]) -> Any:
     """The resource's class in the package. Its modules load one another when they are used."""
+    cloudflare_package()
     package, *path = SDK[resource].split(".")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
