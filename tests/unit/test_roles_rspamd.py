@@ -122,7 +122,8 @@ def test_state_lies_on_the_data_volume() -> None:
 def test_what_is_compiled_stays_with_the_machine() -> None:
     files = compose(PLATFORM, FILTER).files
     options = files["/etc/rspamd/local.d/options.inc"].content.splitlines()
-    assert f'hs_cache_dir = "{rspamd.CACHE}";' in options
+    # Without the slash Rspamd saves its largest part as /var/cache/rspamdhsmp-..., and may not.
+    assert f'hs_cache_dir = "{rspamd.CACHE}/";' in options
     drop_in = files["/etc/systemd/system/rspamd.service.d/mail.conf"].content.splitlines()
     assert "CacheDirectory=rspamd" in drop_in
 
