@@ -1105,12 +1105,26 @@ Trouble = Callable[[Context], AbstractContextManager[tuple[int, ...]]]
 def _daemon_killed(ctx: Context) -> Iterator[tuple[int, ...]]:
     """On the second replica, and it does not come back by itself."""
     machine, unit = ctx.lab.machine(replicas(ctx)[1]), "pairsync.service"
-    machine.run("systemctl", "mask", "--runtime", unit)
-    machine.run("systemctl", "kill", "--signal=KILL", unit)
+    # Not masked: the unit lies in /etc, which a mask in /run does not hide.
+    drop_in = f"/run/systemd/system/{unit}.d/verify.conf"
+    machine.run("mkdir", "-p", "--", drop_in.rpartition("/")[0])
+    machine.run("tee", drop_in, input="[Service]\nRestart=no\n")
     try:
+        machine.run("systemctl", "daemon-reload")
+        machine.run("systemctl", "kill", "--signal=KILL", unit)
+        eventually(
+            lambda: expect(
+                machine.run("systemctl", "show", "--value", "--property=ActiveState", unit).strip()
+                == "failed",
+                f"{unit} still runs",
+            ),
+            seconds=EQUAL,
+            what=f"{unit} to be dead",
+        )
         yield (0, 1)
     finally:
-        machine.run("systemctl", "unmask", "--runtime", unit)
+        machine.run("rm", "-f", "--", drop_in)
+        machine.run("systemctl", "daemon-reload")
         machine.run("systemctl", "reset-failed", unit, check=False)
         machine.run("systemctl", "start", unit)
 
