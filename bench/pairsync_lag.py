@@ -5,7 +5,8 @@
 Two real Dovecots with pairsync on this machine (tests/pairsync/pair.py). Mails are delivered by
 LMTP to one at a steady rate; on the other one IMAP client per user asks every 100 ms. The lag of a
 mail is from the answer to its DATA until a client's answer shows it, so it has 0 to 100 ms of that
-polling in it. Flags go the other way: set by IMAP on the second, seen on the first.
+polling in it. Flags, moves and deletes go the other way: made by IMAP on the second, seen on
+the first.
 
 Compared with (research of 2026, two cores, polling every 100 ms): Dovecot 2.3's replicator and a
 prototype. CPU is in percent of one core per server: Dovecot, pairsync and, on the reading server,
@@ -22,7 +23,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rehearsal import image
@@ -40,6 +41,10 @@ prototype, flags                      0.07   0.07
 """
 
 
+Change = Callable[[imaplib.IMAP4, int, "Watcher"], Callable[[], float | None]]
+"""Does something to a mail; what it returns tells when the watcher saw it."""
+
+
 class Watcher(threading.Thread):
     """Sees mails and flags of one user over IMAP."""
 
@@ -48,6 +53,7 @@ class Watcher(threading.Thread):
         self._server, self._user, self._stopped = server, user, stop
         self.mails: dict[str, float] = {}
         self.flags: dict[str, float] = {}
+        self.gone: list[float] = []
         self.ready = threading.Event()
 
     def run(self) -> None:
@@ -61,6 +67,9 @@ class Watcher(threading.Thread):
             for line in client.response("FETCH")[1] or []:
                 if isinstance(line, bytes) and (found := re.match(rb"(\d+) .*important", line)):
                     self.flags.setdefault(found[1].decode(), now)
+            gone = [row for row in client.response("EXPUNGE")[1] or [] if row]
+            self.gone += [now] * len(gone)
+            known -= len(gone)
             exists = client.response("EXISTS")[1]
             count = int(exists[-1]) if exists and exists[-1] else known
             if count > known:
@@ -156,7 +165,26 @@ def measure_mails(pair: Pair, there: Server, here: Server, rate: float, seconds:
     return row(name, lags, len(accepted) - len(lags), cpu)
 
 
-def measure_flags(pair: Pair, there: Server, here: Server) -> str:
+def flag(client: imaplib.IMAP4, number: int, watcher: Watcher) -> Callable[[], float | None]:
+    client.store(str(number), "+FLAGS", "(important)")
+    return lambda: watcher.flags.get(str(number))
+
+
+def move(client: imaplib.IMAP4, number: int, watcher: Watcher) -> Callable[[], float | None]:
+    before = len(watcher.gone)
+    assert client.xatom("MOVE", "1", "Sent")[0] == "OK"
+    return lambda: watcher.gone[before] if len(watcher.gone) > before else None
+
+
+def delete(client: imaplib.IMAP4, number: int, watcher: Watcher) -> Callable[[], float | None]:
+    before = len(watcher.gone)
+    client.store("1", "+FLAGS", "(\\Deleted)")
+    client.expunge()
+    return lambda: watcher.gone[before] if len(watcher.gone) > before else None
+
+
+def measure_changes(pair: Pair, there: Server, here: Server, change: Change, name: str) -> str:
+    """One after the other, three for each user."""
     stop = threading.Event()
     lags, missing = [], 0
     for user in pair.users:
@@ -164,20 +192,22 @@ def measure_flags(pair: Pair, there: Server, here: Server) -> str:
         watcher.start()
         watcher.ready.wait(30)
         with there.imap(user) as client:
+            client.create("Sent")
             client.select()
-            for number in ("1", "2", "3"):
-                client.store(number, "+FLAGS", "(important)")
+            for number in (1, 2, 3):
+                seen = change(client, number, watcher)
                 at = time.monotonic()
-                while number not in watcher.flags and time.monotonic() < at + _SETTLE_SECONDS:
+                while seen() is None and time.monotonic() < at + _SETTLE_SECONDS:
                     time.sleep(_POLL_SECONDS / 5)
-                if number in watcher.flags:
-                    lags.append(watcher.flags[number] - at)
-                else:
+                when = seen()
+                if when is None:
                     missing += 1
+                else:
+                    lags.append(when - at)
         stop.set()
         watcher.join()
         stop.clear()
-    return row("pairsync, flags", lags, missing)
+    return row(f"pairsync, {name}", lags, missing)
 
 
 def idle(pair: Pair, seconds: float = 10.0) -> None:
@@ -219,7 +249,8 @@ def main() -> None:
             print(measure_mails(pair, pair.a, pair.b, rate, arguments.seconds), flush=True)
             print("    as the daemon counts it, to the end of the run:", pair.a.status()["lag"])
         pair.wait_quiet(60)
-        print(measure_flags(pair, pair.b, pair.a), flush=True)
+        for change, name in ((flag, "flags"), (move, "moves"), (delete, "deletes")):
+            print(measure_changes(pair, pair.b, pair.a, change, name), flush=True)
         for server in pair.both:
             print(server.name, server.status()["runs"])
     finally:
