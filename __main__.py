@@ -10,6 +10,7 @@ from components.host import Access, ClusterArgs, Fleet
 from components.mail_dns import MailDns, MailDnsArgs, ZoneData, unpublished
 from components.maildrop import MaildropPair
 from components.nginx_streams import NginxStreams
+from components.null_clients import NullClients
 from components.operator import clear_errors
 from components.retired_hosts import RetiredHosts
 from components.rspamd import RspamdCluster
@@ -65,6 +66,9 @@ frontends = NginxStreams("nginx-streams", cluster(after=[*smtp_out.done, *maildr
 # Other people's servers bring mail to smtp-in, which forwards it or leads it to the mailboxes.
 smtp_in = SmtpInCluster("smtp-in", cluster(after=[*names.done, *policy.done]))
 
+# Servers, hypervisors and routers send what they have to say by smtp-out, like every other machine.
+clients = NullClients("null-clients", cluster(after=[*names.done, *smtp_out.done]))
+
 # The public names of the services lead somewhere only once there is somebody to answer; last of
 # all the mail of the domains is led here.
 everyone = [*rspamd.done, *smtp_out.done, *maildrop.done, *frontends.done, *smtp_in.done]
@@ -72,7 +76,7 @@ services = dns(Stage.SERVICE, after=everyone)
 dns(Stage.MX, after=[*everyone, *services.done])
 
 # Nobody is led to a retired machine any more: the operator gets it back as it was before us.
-RetiredHosts("retired-hosts", cluster(after=[*everyone, *services.done]))
+RetiredHosts("retired-hosts", cluster(after=[*everyone, *clients.done, *services.done]))
 
 pulumi.export("zones", zone_data.text)
 pulumi.export("reverse_zones", ptr_text(platform))

@@ -394,6 +394,8 @@ class Bundle:
     services: tuple[Service, ...]
     health: tuple[Mapping[str, Any], ...]
     guarded: tuple[str, ...]
+    #: Whether the packages that are there stay, whatever those of the bundle conflict with.
+    keep_packages: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Bundle:
@@ -442,6 +444,7 @@ class Bundle:
                 ),
                 health=tuple(dict(h) for h in document["health"]),
                 guarded=tuple(str(p) for p in document["guarded"]),
+                keep_packages=bool(document.get("keep_packages", False)),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadDocument(
@@ -1126,11 +1129,15 @@ class Packages:
         }
         return [name for name in wanted if name not in installed]
 
-    def install(self, wanted: Sequence[str]) -> None:
+    def install(self, wanted: Sequence[str], keep: bool = False) -> None:
         """Install what is missing, with service start blocked.
 
+        Args:
+            wanted: names of packages.
+            keep: Refuse where something that is there would have to go.
+
         Raises:
-            AgentError: apt failed; its last words are in the message.
+            AgentError: apt failed; its last words are in the message. Or something has to stay.
         """
         missing = self.missing(wanted) if wanted else []
         if not missing:
@@ -1148,12 +1155,29 @@ class Packages:
         with self._services_blocked():
             install = [*apt, "--no-install-recommends", "install", *missing]
             updated = self.system.run([*apt, "update"])
+            if keep:
+                self._refuse_to_remove(missing, install)
             done = self.system.run(install, timeout=1500)
             if done.code != 0:
                 tail = (done.err + done.out + updated.err).strip().splitlines()[-12:]
                 raise AgentError(
                     f"apt-get could not install {' '.join(missing)}:\n  " + "\n  ".join(tail)
                 )
+
+    def _refuse_to_remove(self, missing: Sequence[str], install: Sequence[str]) -> None:
+        """Ask apt what it would remove.
+
+        Raises:
+            AgentError: something that is not the platform's.
+        """
+        lines = self.system.run([*install, "--simulate"]).out.splitlines()
+        gone = [line.split()[1] for line in lines if line.startswith("Remv ")]
+        if gone:
+            raise AgentError(
+                f"{' '.join(missing)} would take the place of {' '.join(gone)}, which this machine"
+                " had before: write 'mta: replace' for this host in topology.yaml to let it go, or"
+                " 'mta: operator' to leave the machine's mail alone"
+            )
 
     @contextlib.contextmanager
     def _services_blocked(self) -> Iterator[None]:
@@ -1565,7 +1589,7 @@ class Agent:
         self.settle(confirm=True)
         wanted = dict(bundle.files) | self._secret_files(bundle, label)
         self._hide(wanted)
-        self.packages.install(bundle.packages)
+        self.packages.install(bundle.packages, bundle.keep_packages)
         active = self.store.active()
         derived = {build.output for build in bundle.maps}
         changed, gone = self._compare(wanted, active, derived)

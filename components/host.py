@@ -13,11 +13,14 @@ from components.secrets import SecretStore
 from components.vm import Carrier, Vm, VmArgs
 from mailsite import secret_names
 from mailsite.bundle import Bundle, compose
+from mailsite.model import CLIENT_ROLES, Platform, Role
 from mailsite.model import Host as SiteHost
-from mailsite.model import Platform, Role
 
 #: Roles that the platform builds, in the order of precedence for hosts with several.
-TIERS = (Role.SMTP_OUT, Role.SMTP_IN, Role.RSPAMD, Role.MAILDROP, Role.FRONTEND)
+TIERS = (
+    *(Role.SMTP_OUT, Role.SMTP_IN, Role.RSPAMD, Role.MAILDROP, Role.FRONTEND),
+    *CLIENT_ROLES,
+)
 
 _DIAL_SECONDS = 15
 

@@ -23,8 +23,8 @@ from mailsite.fragment import (
     UnitHealth,
 )
 from mailsite.loader import Problem, SiteError
-from mailsite.model import Host, Platform, Role
-from mailsite.roles import base, frontend, maildrop, rspamd, smtp_in, smtp_out
+from mailsite.model import Host, Mta, Platform, Role
+from mailsite.roles import base, frontend, maildrop, null_client, rspamd, smtp_in, smtp_out
 
 FORMAT = 1
 UNITS = "/etc/systemd/system/"
@@ -60,7 +60,10 @@ ROLES: Mapping[Role, Callable[[Platform, Host], Fragment]] = {
 
 @dataclass(frozen=True)
 class Bundle:
-    """Everything public that a host gets; ``secret_files`` come apart, see with_secrets()."""
+    """Everything public that a host gets; ``secret_files`` come apart, see with_secrets().
+
+    ``keep_packages``: nothing that is on the machine may make room for ``packages``.
+    """
 
     host: str
     files: Mapping[str, File]
@@ -71,6 +74,7 @@ class Bundle:
     services: tuple[Service, ...]
     health: tuple[Health, ...]
     guarded: tuple[str, ...]
+    keep_packages: bool = False
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -122,6 +126,7 @@ class Bundle:
                 ],
                 "health": [_health(h) for h in self.health],
                 "guarded": self.guarded,
+                "keep_packages": self.keep_packages,
                 "secret_paths": sorted(self.secret_files),
             }
         )
@@ -133,7 +138,8 @@ def compose(platform: Platform, host: Host) -> Bundle:
     Raises:
         SiteError: two roles claim one path, or a role cannot work with this site data.
     """
-    return merge(host.name, fragments(platform, host))
+    keep = not host.is_managed and host.mta is not Mta.REPLACE
+    return replace(merge(host.name, fragments(platform, host)), keep_packages=keep)
 
 
 def compose_secrets(platform: Platform, host: Host, values: Mapping[str, str]) -> dict[str, File]:
@@ -162,6 +168,8 @@ def fragments(platform: Platform, host: Host) -> tuple[Fragment, ...]:
     """What each role of ``host`` contributes, the base first; of a retired one, the base alone."""
     roles = () if host.retired else host.roles
     own = tuple(ROLES[role](platform, host) for role in roles if role in ROLES)
+    if roles and host.has_null_client:
+        own = (*own, null_client.fragment(platform, host))
     ports = tuple(port for fragment in own for port in fragment.ports)
     return (base.fragment(platform, host, ports), *own)
 

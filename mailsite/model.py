@@ -352,6 +352,16 @@ class Role(StrEnum):
     SERVER = "server"
 
 
+#: Roles of machines that have nothing to do with mail but to send some of their own.
+CLIENT_ROLES = (Role.SERVER, Role.HYPERVISOR, Role.ROUTER)
+
+#: Roles that bring Postfix, which Debian installs instead of another mail server.
+POSTFIX_ROLES = frozenset({Role.SMTP_OUT, Role.SMTP_IN, Role.MAILDROP})
+
+#: The group of the machines that the platform itself consists of.
+PLATFORM_GROUP = "mail"
+
+
 class TlsLevel(StrEnum):
     """Security level of Postfix towards the internet (postconf(5), smtp_tls_security_level)."""
 
@@ -368,6 +378,17 @@ class Base(StrEnum):
     """
 
     MANAGED = "managed"
+    OPERATOR = "operator"
+
+
+class Mta(StrEnum):
+    """What happens to the mail server that an existing machine has already.
+
+    Without a word, a machine that has one is refused. ``replace``: the null client takes its
+    place. ``operator``: it stays, and the machine gets no null client.
+    """
+
+    REPLACE = "replace"
     OPERATOR = "operator"
 
 
@@ -460,6 +481,10 @@ class Host(Frozen):
     login: Slug = "deploy"
     draining: bool = False
     retired: bool = False
+    group: Annotated[str, AfterValidator(_login)] | None = Field(
+        default=None, description="SASL user that its own mail is sent with; None: by its role"
+    )
+    mta: Mta | None = Field(default=None, description="existing machines: the mail server there")
 
     @property
     def is_leaving(self) -> bool:
@@ -481,6 +506,15 @@ class Host(Frozen):
     @property
     def is_managed(self) -> bool:
         return self.vm is not None or self.base is Base.MANAGED
+
+    @property
+    def has_postfix(self) -> bool:
+        return not POSTFIX_ROLES.isdisjoint(self.roles)
+
+    @property
+    def has_null_client(self) -> bool:
+        """Whether OpenSMTPD sends what the machine itself has to say."""
+        return not self.has_postfix and self.mta is not Mta.OPERATOR
 
 
 class DkimKey(Frozen):
@@ -865,9 +899,26 @@ class Platform(Frozen):
         """Hosts that run the daemons of ``role``: its members, and those that drain."""
         return tuple(h for h in self.hosts.values() if role in h.roles and not h.retired)
 
+    def group_of(self, host: Host) -> str:
+        """The SASL user that ``host`` sends its own mail with: one for each group of servers."""
+        if host.group is not None:
+            return host.group
+        return host.main_role.value if host.main_role in CLIENT_ROLES else PLATFORM_GROUP
+
     def internal_name(self, role: Role) -> str:
         """The name that stands for all members of ``role`` inside the platform."""
         return f"{role}.{self.internal_domain}"
+
+    @property
+    def submission_host(self) -> str:
+        """The name of all members of smtp-out inside: clients try one after the other."""
+        return self.internal_name(Role.SMTP_OUT)
+
+    def certificate_names(self, fqdn: str) -> tuple[str, ...]:
+        """The names that a certificate is for: clients inside know smtp-out by one of its own."""
+        if fqdn == self.names.smtp_out:
+            return (fqdn, self.submission_host)
+        return (fqdn,)
 
     @property
     def maildrop_domain(self) -> str:

@@ -13,6 +13,11 @@ def sasl_hash(user: str) -> str:
     return f"sasl/{user}"
 
 
+def sasl_password(user: str) -> str:
+    """The password of a SASL user that is a machine of ours, in one word."""
+    return f"sasl-password/{user}"
+
+
 def mailbox_hash(mailbox: str) -> str:
     """Dovecot hash of a mailbox's password, ``{SCHEME}...``."""
     return f"mailbox/{mailbox}"

@@ -3,7 +3,7 @@
 Names are plain strings: ``dkim/<domain>/<selector>``, ``sasl/<user>``,
 ``certificate/<fqdn>/chain``, ``certificate/<fqdn>/key``, ``ssh-host-key/<host>``, ``srs/<key>``,
 ``redis/password``, ``rspamd/controller-hash``, ``rspamd/controller-password``,
-``mailbox/<name>`` and ``pairsync/secret``.
+``mailbox/<name>``, ``pairsync/secret`` and ``sasl-password/<user>``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mailsite.secret_names import (
     rspamd_controller_hash,
     rspamd_controller_password,
     sasl_hash,
+    sasl_password,
     srs_key,
     ssh_host_key,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "rspamd_controller_hash",
     "rspamd_controller_password",
     "sasl_hash",
+    "sasl_password",
     "srs_key",
     "ssh_host_key",
 ]

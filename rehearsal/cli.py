@@ -282,7 +282,7 @@ def _image(options: argparse.Namespace, progress: Progress) -> int:
     tools.ensure(progress)
     layers = image.ensure(progress)
     found = engine.ensure(progress)
-    for path in (*layers.mail, layers.world[-1], layers.aptrepo, found.pulumi):
+    for path in (*layers.postfix, layers.world[-1], layers.aptrepo, found.pulumi):
         print(path)
     return 0
 

@@ -1,10 +1,11 @@
 """Image layers: the Debian that machines run on, made once and shared by all of them.
 
 - ``base``: what Debian's cloud image brings (systemd, cloud-init, sshd, sudo, python3, ...)
-- ``mail``: on ``base``, the packages of every tier, all services disabled
+- ``mail``: on ``base``, the packages of every tier but the mail servers, all services disabled
 - ``compiled``: on ``mail``, what Rspamd compiles when it first runs on a processor
+- ``postfix`` and ``opensmtpd``: on ``mail``, the one or the other, for they exclude each other
 - ``world``: on ``base``, what plays the outside (:mod:`rehearsal.world`)
-- ``aptrepo``: Debian's own signed package lists, and the packages that ``mail`` has beyond
+- ``aptrepo``: Debian's own signed package lists, and the packages that these layers have beyond
   ``base``, so that the world can serve them to a bare host under Debian's names
 
 Layers lie in the user's cache, in folders named by a hash of what they are made from. A layer
@@ -21,8 +22,8 @@ import platform as host_platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,15 +82,19 @@ MAIL_PACKAGES: Sequence[str] = (
     "opendkim",
     "opendkim-tools",
     "openssh-server",
-    "postfix",
-    "postfix-lmdb",
     "postsrsd",
     "redis-sentinel",
     "redis-server",
     "rspamd",
+    "systemd-timesyncd",
+    "unattended-upgrades",
     "unbound",
 )
-"""The packages of every tier; :func:`mailsite.bundle.compose` must not name another."""
+"""The packages of every tier; :func:`mailsite.bundle.compose` must not name another, but those of
+one mail server."""
+
+POSTFIX_PACKAGES: Sequence[str] = ("libsasl2-modules", "postfix", "postfix-lmdb")
+OPENSMTPD_PACKAGES: Sequence[str] = ("opensmtpd",)
 
 _GO_PACKAGES: Sequence[str] = ("gcc", "golang-go", "libc6-dev")
 
@@ -244,9 +249,14 @@ class Layers:
     """
 
     base: tuple[Path, ...]
-    mail: tuple[Path, ...]
+    postfix: tuple[Path, ...]
+    opensmtpd: tuple[Path, ...]
     world: tuple[Path, ...]
     aptrepo: Path
+
+    def of(self, packages: Iterable[str]) -> tuple[Path, ...]:
+        """The layers of a machine that is to have ``packages``: those with its mail server."""
+        return self.postfix if set(POSTFIX_PACKAGES) & {*packages} else self.opensmtpd
 
 
 def ensure(progress: Progress, folder: Path | None = None) -> Layers:
@@ -302,9 +312,15 @@ class _Builder:
         self._compiled = self._place(
             "compiled", (recipe, sorted(MAIL_PACKAGES), _COMPILE_SCRIPT, _processor())
         )
+        mta = {"postfix": POSTFIX_PACKAGES, "opensmtpd": OPENSMTPD_PACKAGES}
+        self._mta = {
+            name: self._place(name, (recipe, sorted(MAIL_PACKAGES), sorted(packages)))
+            for name, packages in mta.items()
+        }
         self._world = self._place("world", (recipe, sorted(WORLD_PACKAGES)))
         self._golang = self._place("golang", (recipe, sorted(_GO_PACKAGES)))
-        self._aptrepo = self._place("aptrepo", (recipe, sorted(MAIL_PACKAGES)))
+        served = sorted((*MAIL_PACKAGES, *POSTFIX_PACKAGES, *OPENSMTPD_PACKAGES))
+        self._aptrepo = self._place("aptrepo", (recipe, served))
 
     def _place(self, name: str, inputs: object) -> Path:
         text = json.dumps(inputs, sort_keys=True)
@@ -313,25 +329,24 @@ class _Builder:
     def layers(self) -> Layers:
         return Layers(
             base=(self._base,),
-            mail=(self._base, self._mail, self._compiled),
+            postfix=(self._base, self._mail, self._compiled, self._mta["postfix"]),
+            opensmtpd=(self._base, self._mail, self._compiled, self._mta["opensmtpd"]),
             world=(self._base, self._world),
             aptrepo=self._aptrepo,
         )
 
     def complete(self) -> bool:
-        layers = (self._base, self._mail, self._compiled, self._world, self._aptrepo)
+        layers = (
+            *(self._base, self._mail, self._compiled, self._world, self._aptrepo),
+            *self._mta.values(),
+        )
         return all(p.exists() for p in layers)
 
     def build(self) -> None:
         self._clean()
         self._build_base()
-        if not (self._mail.exists() and self._aptrepo.exists()):
-            what = "image layer mail: the packages of every tier"
-            with self._progress.step(what), workshop(self._cache) as shop:
-                self._install(shop, MAIL_PACKAGES)
-                self._build_aptrepo(shop)
-                _publish(shop / "aptrepo", self._aptrepo)
-                _publish(shop / "upper", self._mail)
+        if not all(p.exists() for p in (self._mail, *self._mta.values(), self._aptrepo)):
+            self._build_mail()
         if not self._compiled.exists():
             what = "image layer compiled: what Rspamd looks for"
             with self._progress.step(what), workshop(self._cache) as shop:
@@ -347,8 +362,26 @@ class _Builder:
         if not self._world.exists():
             what = "image layer world: the packages of the outside"
             with self._progress.step(what), workshop(self._cache) as shop:
-                self._install(shop, WORLD_PACKAGES)
+                self._install(shop, WORLD_PACKAGES, (self._base,))
                 _publish(shop / "upper", self._world)
+
+    def _build_mail(self) -> None:
+        """The layers of the packages, and the mirror that has them all: of one and the same day."""
+        with ExitStack() as stack:
+            stack.enter_context(
+                self._progress.step("image layers mail, postfix, opensmtpd: the packages")
+            )
+            shop, *others = (stack.enter_context(workshop(self._cache)) for _ in (0, *self._mta))
+            self._install(shop, MAIL_PACKAGES, (self._base,))
+            mta = (POSTFIX_PACKAGES, OPENSMTPD_PACKAGES)
+            for other, packages in zip(others, mta, strict=True):
+                self._install(other, packages, (self._base, shop / "upper"))
+            self._build_aptrepo((shop, *others))
+            _publish(others[-1] / "aptrepo", self._aptrepo)
+            for built, place in zip(
+                (shop, *others), (self._mail, *self._mta.values()), strict=True
+            ):
+                _publish(built / "upper", place)
 
     def build_golang(self) -> tuple[Path, ...]:
         self._clean()
@@ -358,7 +391,7 @@ class _Builder:
                 self._progress.step("image layer golang: Debian's Go, to build the engine"),
                 workshop(self._cache) as shop,
             ):
-                self._install(shop, _GO_PACKAGES)
+                self._install(shop, _GO_PACKAGES, (self._base,))
                 _publish(shop / "upper", self._golang)
         return (self._base, self._golang)
 
@@ -405,14 +438,14 @@ class _Builder:
             )
             _publish(root, self._base)
 
-    def _install(self, shop: Path, packages: Sequence[str]) -> None:
-        """Install packages on ``base``; what they add is in ``upper`` of ``shop`` afterwards."""
+    def _install(self, shop: Path, packages: Sequence[str], layers: Sequence[Path]) -> None:
+        """Install packages on ``layers``; what they add is in ``upper`` of ``shop`` afterwards."""
         (shop / "out").mkdir()
         debs = self._cache / "debs"
         (debs / "partial").mkdir(parents=True, exist_ok=True)
         _enter(
             shop,
-            (self._base,),
+            layers,
             ["sh", "-c", _INSTALL_SCRIPT],
             binds={"/var/cache/apt/archives": debs, "/run/out": shop / "out"},
             failure=f"these packages cannot be installed: {' '.join(packages)}",
@@ -422,9 +455,14 @@ class _Builder:
             },
         )
 
-    def _build_aptrepo(self, shop: Path) -> None:
-        """Lay out Debian's signed lists, and the packages that ``mail`` has beyond ``base``."""
-        installed = set((shop / "out/packages").read_text(encoding="utf-8").splitlines())
+    def _build_aptrepo(self, shops: Sequence[Path]) -> None:
+        """Lay out the packages that were installed in ``shops``, and Debian's signed lists.
+
+        They are in ``aptrepo`` of the last one afterwards, whose lists are the newest.
+        """
+        shop = shops[-1]
+        lists = [(each / "out/packages").read_text(encoding="utf-8") for each in shops]
+        installed = {line for text in lists for line in text.splitlines()}
         wanted = installed - _installed(self._base)
         missing = set(wanted)
         for archive, suite in SUITES:
@@ -526,7 +564,9 @@ def _stem(archive: str, suite: str) -> str:
 
 
 def _publish(built: Path, place: Path) -> None:
-    built.rename(place)
+    """Put a layer in its place; of one that is there already machines may be running."""
+    if not place.exists():
+        built.rename(place)
 
 
 def _installed(root: Path) -> set[str]:

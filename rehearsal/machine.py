@@ -58,7 +58,7 @@ class Machine:
     """One machine.
 
     :param name: FQDN, the name of its folder, its namespace (``mail-m-<name>``) and its cgroup
-    :param layers: image layers, the lowest one first (``Layers.mail`` and the like)
+    :param layers: image layers, the lowest one first (``Layers.postfix`` and the like)
     :param legs: (bridge in core, MAC address) of eth0, eth1, ...
     :param binds: path on the host -> path in the machine, writable there
     :param disks: device in the machine (``/dev/vdb``) -> image file on the host

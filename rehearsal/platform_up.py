@@ -104,7 +104,7 @@ def up(site: Site, state: State, progress: Progress) -> dict[str, int]:
         sealed.up()
     world = World(state, platform, sealed, layers, site.config.get("mail:zoneIds", {}))
     operators = [
-        existing.ExistingMachine(platform, host, sealed, layers.mail, state)
+        existing.ExistingMachine(platform, host, sealed, layers.opensmtpd, state)
         for host in hosts
         if host.vm is None
     ]

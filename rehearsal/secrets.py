@@ -76,6 +76,6 @@ def certificates(
     authority = Authority(state.ca)
     found: dict[str, dict[str, str]] = {}
     for name in sorted(wanted):
-        issued = authority.issue([name])
+        issued = authority.issue(platform.certificate_names(name))
         found[name] = {"chain": issued.chain, "key": issued.key}
     return found

@@ -558,7 +558,7 @@ class Lab:
         if not self.network.is_up:
             raise Skipped("no rehearsal is up; run: make rehearsal")
         zone_ids = platform_up.current(state).config.get("mail:zoneIds", {})
-        no_layers = Layers((), (), (), Path())  # it is only looked at, not brought up
+        no_layers = Layers((), (), (), (), Path())  # it is only looked at, not brought up
         self.outside = World(state, platform, self.network, no_layers, zone_ids)
         frontends = platform.members(Role.FRONTEND)
         mailboxes = Mailboxes(

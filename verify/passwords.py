@@ -1,9 +1,10 @@
 """Throwaway passwords of a rehearsal's SASL users and mailboxes.
 
-The platform knows a login by a hash alone, so a check that logs in needs the password itself. In
+The platform knows a person by a hash alone, so a check that logs in needs the password itself. In
 a rehearsal every one gets a random one, kept in ``passwords.json`` of the state
-folder, which only root can read; the stack gets the hashes as given secrets. On a live platform
-the probe account's password comes from the operator.
+folder, which only root can read; the stack gets the hashes as given secrets, and the passwords
+of the SASL users too, for machines that log in. On a live platform the probe account's password
+comes from the operator.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import bcrypt
 
 from mailsite.model import Platform
-from mailsite.secret_names import mailbox_hash, sasl_hash
+from mailsite.secret_names import mailbox_hash, sasl_hash, sasl_password
 
 FILE = "passwords.json"
 
@@ -31,8 +32,8 @@ def rehearsal_passwords(state: Path, platform: Platform) -> dict[str, str]:
         platform: Whose users.
 
     Returns:
-        Secret name -> Dovecot hash (``sasl/<user>`` -> ``{BLF-CRYPT}$2b$...``), the same in
-        every call as long as the state folder lives.
+        Secret name -> Dovecot hash (``sasl/<user>`` -> ``{BLF-CRYPT}$2b$...``) or password
+        (``sasl-password/<user>``), the same in every call as long as the state folder lives.
     """
     path = state / FILE
     known = _read(path)
@@ -48,7 +49,11 @@ def rehearsal_passwords(state: Path, platform: Platform) -> dict[str, str]:
         }
     if missing:
         _write(path, known)
-    return {name: known[name]["hash"] for name in wanted}
+    hashes = {name: known[name]["hash"] for name in wanted}
+    plain = {
+        sasl_password(name): known[sasl_hash(name)]["password"] for name in platform.sasl_users
+    }
+    return hashes | plain
 
 
 def password_of(state: Path, user: str) -> str:

@@ -23,7 +23,7 @@ from mailsite.fragment import (
     templated,
 )
 from mailsite.loader import Problem, SiteError
-from mailsite.model import Host, IPAddress, IPNetwork, Platform, Role, TlsLevel
+from mailsite.model import Host, IPAddress, IPNetwork, Platform, Role
 from mailsite.roles import pairsync, rspamd
 from mailsite.roles.base import internal_clients, internal_networks
 from mailsite.roles.dovecot import (
@@ -33,8 +33,10 @@ from mailsite.roles.dovecot import (
     PROXIED_MANAGESIEVE,
     greets,
 )
+from mailsite.roles.null_client import LOGIN, login_file, own_mail
 from mailsite.roles.postfix import (
     ALIASES,
+    PACKAGES,
     QUEUE,
     QUEUE_UNITS,
     aliases_map,
@@ -180,6 +182,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
         },
         secret_files={
             **{path: certificate_file(name) for name, path in paths.items()},
+            LOGIN: login_file(platform, host),
             PASSWORDS: SecretFile(
                 secrets=tuple(logins(platform).values()),
                 group="dovecot",
@@ -195,7 +198,8 @@ def fragment(platform: Platform, host: Host) -> Fragment:
         ports=(*_ports(platform), *sync.ports),
         packages=(
             *("dovecot-core", "dovecot-imapd", "dovecot-lmtpd", "dovecot-managesieved"),
-            *("dovecot-sieve", "postfix", "postfix-lmdb"),
+            "dovecot-sieve",
+            *PACKAGES,
             *sync.packages,
         ),
         maps=map_builds(),
@@ -221,7 +225,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
             ),
             *sync.services,
             # The table of mailboxes is not among these: Postfix notices by itself.
-            postfix_service("/etc/postfix/main.cf"),
+            postfix_service("/etc/postfix/main.cf", LOGIN),
         ),
         health=(
             *queue_health(host),
@@ -267,10 +271,11 @@ def _postfix_files(platform: Platform, host: Host) -> dict[str, File]:
                 mailbox_full=MAILBOX_FULL,
                 header_size_limit=outbound.header_size_limit,
                 certificate=certificate_path(platform.maildrop_domain),
-                tls=outbound.tls.value,
-                dane=outbound.tls is TlsLevel.DANE,
+                own=own_mail(platform, host),
             ),
-            templated("maildrop/etc/postfix/master.cf.j2", inject=INJECT),
+            templated(
+                "maildrop/etc/postfix/master.cf.j2", inject=INJECT, own=own_mail(platform, host)
+            ),
             templated(
                 "maildrop/etc/postfix/virtual-maildrop.j2",
                 maildrop=platform.maildrop_domain,

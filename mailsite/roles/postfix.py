@@ -25,6 +25,9 @@ QUEUE_MOUNT = "var-spool-postfix.mount"
 ALIASES = "/etc/postfix/aliases"
 NGINX = "/etc/nginx/nginx.conf"
 
+#: Postfix, its maps, and what it logs in to smtp-out with.
+PACKAGES = ("libsasl2-modules", "postfix", "postfix-lmdb")
+
 #: Where NGINX on this machine takes mail for the spam filter.
 FILTER_PORT = 11332
 
@@ -70,6 +73,20 @@ def certificate_folder(fqdn: str) -> str:
 def certificate_path(fqdn: str) -> str:
     """Key and chain of a service name, in one file: a renewal switches both at once."""
     return f"{certificate_folder(fqdn)}/combined.pem"
+
+
+# One line for each name, which says whether the certificate is for it.
+_NAMES_CERTIFICATE = (
+    'path=$1; shift; for name; do openssl x509 -in "$path" -noout -checkhost "$name"'
+    " | grep -q ' does match ' || { echo \"$path: the certificate is not for $name\" >&2;"
+    " exit 1; }; done"
+)
+
+
+def certificate_names_check(path: str, names: tuple[str, ...]) -> Check:
+    """Whether the certificate at ``path`` is for all of ``names``."""
+    command = ("sh", "-c", _NAMES_CERTIFICATE, "sh", path, *names)
+    return Check("certificate-names", command, ("/etc/certs/",))
 
 
 def certificate_file(fqdn: str) -> SecretFile:

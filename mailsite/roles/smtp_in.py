@@ -1,7 +1,8 @@
 """smtp-in: the MX. Takes mail for our domains from everyone, and sends it to where they say.
 
 Mail for mailboxes goes on to the maildrop hosts as it came. Mail that an address forwards to
-somebody else's server passes a second, local smtpd on its way, which gives it an SRS sender.
+somebody else's server passes a second, local smtpd on its way, which gives it an SRS sender. What
+the machine itself has to say goes to smtp-out.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from mailsite.fragment import (
 from mailsite.loader import Problem, SiteError
 from mailsite.model import Host, NetworkKind, Platform, Role, TlsLevel
 from mailsite.records import own_names, senders
+from mailsite.roles.null_client import LOGIN, login_file, own_mail
 from mailsite.roles.postfix import (
     ALIASES,
+    PACKAGES,
     Milter,
     aliases_map,
     certificate_check,
@@ -139,7 +142,13 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 dane=outbound.tls is TlsLevel.DANE,
                 milters=milters(),
             ),
-            templated("smtp_in/etc/postfix/master.cf.j2", host=host.name, forward=FORWARD, srs=srs),
+            templated(
+                "smtp_in/etc/postfix/master.cf.j2",
+                host=host.name,
+                forward=FORWARD,
+                srs=srs,
+                own=own_mail(platform, host, name),
+            ),
             templated("smtp_in/etc/postfix/virtual.j2", aliases=virtual_aliases(platform)),
             templated("smtp_in/etc/postfix/virtual-domains.j2", domains=virtual_domains(platform)),
             templated(f"smtp_in{LIMITED}.j2", addresses=limited_addresses(platform)),
@@ -156,6 +165,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
         files=files | dict(queue_files(host)) | dict(relay.files),
         secret_files={
             certificate: certificate_file(name),
+            LOGIN: login_file(platform, host),
             SRS_SECRET: SecretFile(
                 secrets=keys, template="smtp_in/etc/postsrsd.secret.j2", context={"keys": keys}
             ),
@@ -164,7 +174,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
             PortRule(SMTP, None, "smtp: mail for our domains, from everyone"),
             PortRule(SMTPS, None, "smtps: the same, with TLS from the start"),
         ),
-        packages=("postfix", "postfix-lmdb", "postsrsd", *relay.packages),
+        packages=(*PACKAGES, "postsrsd", *relay.packages),
         maps=map_builds(),
         checks=(*checks(), certificate_check(certificate), *relay.checks),
         services=(
@@ -175,7 +185,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
             ),
             *relay.services,
             # The tables of addresses are not among these: Postfix notices by itself.
-            postfix_service("/etc/postfix/main.cf", SRS_ADDRESSES),
+            postfix_service("/etc/postfix/main.cf", SRS_ADDRESSES, LOGIN),
         ),
         health=(
             *queue_health(host),

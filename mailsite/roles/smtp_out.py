@@ -25,12 +25,14 @@ from mailsite.model import Host, IPNetwork, MailDomain, Platform, Role, SaslUser
 from mailsite.roles.base import internal_clients, internal_networks
 from mailsite.roles.postfix import (
     ALIASES,
+    PACKAGES,
     QUEUE,
     QUEUE_UNITS,
     Milter,
     aliases_map,
     certificate_check,
     certificate_file,
+    certificate_names_check,
     certificate_path,
     checks,
     filter_relay,
@@ -161,7 +163,10 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 aliases=ALIASES,
             ),
             templated(
-                "smtp_out/etc/postfix/master.cf.j2", port=SUBMISSION, proxied=PROXIED_SUBMISSION
+                "smtp_out/etc/postfix/master.cf.j2",
+                port=SUBMISSION,
+                proxied=PROXIED_SUBMISSION,
+                own=None,
             ),
             templated("postfix/etc/postfix/aliases.j2", domain=platform.domain),
             templated("smtp_out/etc/dovecot/dovecot.conf.j2"),
@@ -201,12 +206,13 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 PROXIED_SUBMISSION, proxy_sources(platform), "submission with PROXY: frontends"
             ),
         ),
-        packages=("dovecot-core", "opendkim", "postfix", "postfix-lmdb", *relay.packages),
+        packages=("dovecot-core", "opendkim", *PACKAGES, *relay.packages),
         maps=(aliases_map(),),
         checks=(
             *checks(),
             Check("dovecot", ("doveconf", "-n"), ("/etc/dovecot/",), stderr_is_failure=True),
             certificate_check(certificate),
+            certificate_names_check(certificate, platform.certificate_names(name)),
             Check("opendkim", ("opendkim", "-n"), ("/etc/opendkim.conf", "/etc/opendkim/")),
             Check("dkim", (CHECK_DKIM,), ("/etc/opendkim.conf", "/etc/opendkim/")),
             *relay.checks,

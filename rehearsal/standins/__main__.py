@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mailsite.bundle import compose
 from mailsite.loader import load_platform
 from rehearsal import image, network
 from rehearsal.progress import Progress, RehearsalError
@@ -54,7 +55,9 @@ def main() -> None:
         found = image.ensure(Progress())
 
         def layers(name: str) -> Sequence[Path]:
-            return found.base if (state.bare / name).exists() else found.mail
+            if (state.bare / name).exists():
+                return found.base
+            return found.of(compose(platform, platform.hosts[name]).packages)
 
         servers = start_all(
             Context(

@@ -204,7 +204,7 @@ def machine_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scratch]:
         patch.setattr(machine, "_GROUP", "mail-agent-test")
         layers = image.ensure(Progress())
         state = State(tmp_path_factory.mktemp("state"))
-        scratch = Scratch(Machine("agent.example.org", layers.mail, (), state))
+        scratch = Scratch(Machine("agent.example.org", layers.postfix, (), state))
         _furnish(scratch.machine.mount())
         try:
             scratch.boot()

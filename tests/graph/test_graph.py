@@ -14,10 +14,11 @@ import pytest
 
 from components.config_push import sealed_json
 from mailsite.bundle import File, compose
-from mailsite.model import Platform, Role
+from mailsite.loader import load_platform
+from mailsite.model import CLIENT_ROLES, Platform, Role
 from mailsite.records import dkim_keys, static_records
 
-from .conftest import live_config
+from .conftest import ROOT, live_config
 from .graph import (
     CLOUD_INIT,
     COMMAND,
@@ -60,7 +61,7 @@ def test_preview_and_update_register_the_same_resources(graph: Graph, preview: G
 def test_every_member_of_a_built_tier_is_there_and_no_other_host(
     graph: Graph, platform: Platform
 ) -> None:
-    members = {h.name for role in CLUSTERS for h in platform.members(role)}
+    members = {h.name for role in (*CLUSTERS, *CLIENT_ROLES) for h in platform.members(role)}
     assert {r.name for r in graph.of_type("mail:index:Host")} == members
     machines = {n for n in members if platform.hosts[n].vm is not None}
     assert {r.name for r in graph.of_type(DOMAIN)} == machines
@@ -72,18 +73,21 @@ def test_every_member_of_a_built_tier_is_there_and_no_other_host(
     }
 
 
-def test_names_and_types_follow_one_scheme(graph: Graph) -> None:
+def test_names_and_types_follow_one_scheme(graph: Graph, platform: Platform) -> None:
     for found in graph.registrations.values():
         if not found.custom:
             assert found.type.startswith("mail:index:")
     hosts = graph.of_type("mail:index:Host")
-    assert {graph.registrations[h.parent].type for h in hosts} == {
+    owners = {
         "mail:index:MaildropPair",
         "mail:index:NginxStreams",
         "mail:index:RspamdCluster",
         "mail:index:SmtpInCluster",
         "mail:index:SmtpOutCluster",
     }
+    if any(platform.members(role) for role in CLIENT_ROLES):
+        owners.add("mail:index:NullClients")
+    assert {graph.registrations[h.parent].type for h in hosts} == owners
 
 
 def test_options_of_the_program_are_not_handed_down(graph: Graph) -> None:
@@ -179,7 +183,23 @@ def test_service_names_appear_once_every_member_is_healthy(
     assert len(done) == len(graph.of_type("mail:index:Host"))
     for record in records:
         for member in done:
-            assert graph.reaches(record, member.urn)
+            # A server that does not answer keeps no service from anybody.
+            assert graph.reaches(record, member.urn) != ("NullClients" in member.urn)
+
+
+def test_the_first_client_goes_ahead_of_the_others_and_all_wait_for_smtp_out(
+    graphs: Callable[[str, bool], Graph],
+) -> None:
+    graph, platform = graphs("prod", False), load_platform(ROOT / "sites" / "prod")
+    first, *others = [h.name for role in CLIENT_ROLES for h in platform.members(role)]
+    assert len(others) > 1
+    for name in (first, *others):
+        push = command(graph, name, "config")
+        for member in platform.members(Role.SMTP_OUT):
+            assert graph.reaches(push, command(graph, member.name, "confirm").urn)
+        ahead = [o for o in (first, *others) if o != name]
+        waits = [o for o in ahead if graph.reaches(push, command(graph, o, "confirm").urn)]
+        assert waits == ([] if name == first else [first])
 
 
 def test_the_mx_comes_last_of_all_records(graphs: Callable[[str, bool], Graph]) -> None:

@@ -39,7 +39,7 @@ def test_layers_are_found_again_and_not_built(layers: image.Layers) -> None:
 
 
 def test_no_key_and_no_identity_is_in_an_image(layers: image.Layers) -> None:
-    for layer in {*layers.mail, *layers.world}:
+    for layer in {*layers.postfix, *layers.world}:
         assert not [*layer.glob("etc/ssh/ssh_host_*")]
         for path in (layer / "etc/machine-id", layer / "etc/hostname"):
             assert not path.exists() or path.read_text() == ""
@@ -47,7 +47,7 @@ def test_no_key_and_no_identity_is_in_an_image(layers: image.Layers) -> None:
 
 
 def test_what_rspamd_compiles_is_there_and_nothing_else_of_it(layers: image.Layers) -> None:
-    compiled = [p for p in layers.mail[-1].rglob("*") if p.is_file()]
+    compiled = [p for p in layers.postfix[-1].rglob("*") if p.is_file()]
     assert compiled
     assert all(p.parent.match("var/cache/rspamd") and ".hs" in p.name for p in compiled)
     # The suffixes of top-level domains, ten thousand.
@@ -60,7 +60,7 @@ def test_a_machine_on_the_mail_layer_runs_no_mail_daemon(
 ) -> None:
     state = State(tmp_path)
     Network(platform(), state).up()
-    probe = Machine("layer.net.pelican.example", layers.mail, (), state)
+    probe = Machine("layer.net.pelican.example", layers.postfix, (), state)
     try:
         probe.boot()
         enabled = probe.run(

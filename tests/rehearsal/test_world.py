@@ -221,7 +221,7 @@ def host(
     gateways = platform.network_of(leg)
     machine = Machine(
         name="resolving",
-        layers=layers.mail,
+        layers=layers.postfix,
         legs=((sealed.bridge_of(leg.network), "52:54:00:00:00:77"),),
         state=state,
     )

@@ -35,7 +35,7 @@ def image() -> Image:
     if os.geteuid() != 0:
         pytest.skip("needs root: the checkers run on an image of the host, in namespaces")
     try:
-        return Image(layers.ensure(Progress()).mail)
+        return Image(layers.ensure(Progress()))
     except RehearsalError as error:
         pytest.skip(f"no image of a host: {error}")
 
@@ -60,9 +60,10 @@ def key_pem() -> str:
 
 
 @cache
-def certificate(name: str) -> str:
-    """A self-signed certificate for ``name``, PEM."""
+def certificate(name: str, *more: str) -> str:
+    """A self-signed certificate for ``name`` and ``more`` names, PEM."""
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    names = [x509.DNSName(n) for n in (name, *more)]
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
@@ -72,7 +73,7 @@ def certificate(name: str) -> str:
         .serial_number(1)
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=9))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key(), hashes.SHA256())
         .public_bytes(serialization.Encoding.PEM)
@@ -88,8 +89,8 @@ def secret_values(platform: Platform, host: Host) -> Mapping[str, str]:
             case ["sasl" | "mailbox", _]:
                 made[name] = PASSWORD_HASH
             case ["certificate", fqdn, "chain"]:
-                made[name] = certificate(fqdn)
-            case ["srs", given] | ["redis", given]:
+                made[name] = certificate(*platform.certificate_names(fqdn))
+            case ["srs" | "redis" | "sasl-password", given]:
                 made[name] = f"invented{given}0123456789abcdef"
             case ["pairsync", given] | ["rspamd", "controller-password" as given]:
                 made[name] = f"invented{given}0123456789abcdef0123456789"
@@ -120,14 +121,13 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Every host of both sites that has a role of ours, and one of each site that has none."""
+    """Every host of both sites that has a role of ours, and one of each other role."""
     found = []
     for folder in sorted(p for p in SITES.iterdir() if (p / "site.yaml").exists()):
         platform = load_platform(folder)
-        others = [h for h in platform.hosts.values() if not set(h.roles) & set(ROLES)]
         ours = [h for h in platform.hosts.values() if set(h.roles) & set(ROLES)]
-        managed = [h for h in others if h.is_managed][:1]
-        found += [Case(folder.name, platform, host) for host in (*ours, *managed)]
+        others = {h.main_role: h for h in platform.hosts.values() if h not in ours}
+        found += [Case(folder.name, platform, host) for host in (*ours, *others.values())]
     return found
 
 

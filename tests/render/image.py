@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mailsite.fragment import File
+from rehearsal.image import Layers
 
 # $1: the lower layers, $2: upper, $3: work, $4: where the root is put together.
 _ENTER = """\
@@ -69,14 +70,25 @@ class Step:
     files: Mapping[str, str] | None = None
 
 
-class Image:
-    """The layers of the image, topmost last, and the users that its packages made."""
+class Root:
+    """Image layers, the uppermost last, and the users that their packages made."""
 
     def __init__(self, layers: Sequence[Path]) -> None:
-        self._lower = ":".join(str(layer) for layer in reversed(layers))
+        self.lower = ":".join(str(layer) for layer in reversed(layers))
         top = next(x for x in reversed(layers) if (x / "etc/passwd").exists())
-        self._users = _numbers(top / "etc/passwd")
-        self._groups = _numbers(top / "etc/group")
+        self.users = _numbers(top / "etc/passwd")
+        self.groups = _numbers(top / "etc/group")
+
+
+class Image:
+    """The layers of an image, of which each machine takes those with its mail server."""
+
+    def __init__(self, layers: Layers) -> None:
+        self._layers = layers
+
+    def _root(self, files: Mapping[str, File]) -> Root:
+        """The layers with the mail server that ``files`` configure."""
+        return Root(self._layers.opensmtpd if "/etc/smtpd.conf" in files else self._layers.postfix)
 
     def run(self, files: Mapping[str, File], steps: Sequence[Step]) -> list[Result]:
         """Run ``steps`` one after the other on one machine that has ``files``."""
@@ -84,11 +96,12 @@ class Image:
             {"command": list(s.command), "input": s.input, "files": dict(s.files or {})}
             for s in steps
         ]
-        with self._upper(files) as top:
+        root = self._root(files)
+        with _upper(root, files) as top:
             done = subprocess.run(
                 [
                     *("unshare", "--mount", "--net", "--uts", "--pid", "--fork", "--kill-child"),
-                    *("sh", "-c", _ENTER, "sh", self._lower),
+                    *("sh", "-c", _ENTER, "sh", root.lower),
                     *(str(top / name) for name in ("upper", "work", "root")),
                 ],
                 input=json.dumps(order),
@@ -103,19 +116,20 @@ class Image:
     def run_one(self, files: Mapping[str, File], *command: str) -> Result:
         return self.run(files, [Step(command)])[0]
 
-    @contextmanager
-    def _upper(self, files: Mapping[str, File]) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="mail-render-", dir="/var/tmp") as folder:
-            top = Path(folder)
-            for name in ("upper", "work", "root"):
-                (top / name).mkdir()
-            for path, file in files.items():
-                place = top / "upper" / path.lstrip("/")
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_text(file.content, encoding="utf-8")
-                place.chmod(file.mode)
-                os.chown(place, self._users[file.owner], self._groups[file.group])
-            yield top
+
+@contextmanager
+def _upper(root: Root, files: Mapping[str, File]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="mail-render-", dir="/var/tmp") as folder:
+        top = Path(folder)
+        for name in ("upper", "work", "root"):
+            (top / name).mkdir()
+        for path, file in files.items():
+            place = top / "upper" / path.lstrip("/")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(file.content, encoding="utf-8")
+            place.chmod(file.mode)
+            os.chown(place, root.users[file.owner], root.groups[file.group])
+        yield top
 
 
 def _numbers(path: Path) -> dict[str, int]:

@@ -305,6 +305,26 @@ def test_missing_packages_are_installed_while_services_are_kept_down(host: Host)
     assert not (host.root / mail_agent.POLICY_RC_D[1:]).exists()
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_packages_of_the_operator_do_not_make_room(host: Host, keep: bool) -> None:
+    def apt(words: Any) -> Done:
+        said = "Inst ours (1 Debian)\nRemv theirs [2]\n" if "--simulate" in words else ""
+        return Done(0, said, "")
+
+    host.system.commands["apt-get"] = apt
+    host.system.commands["dpkg-query"] = lambda _: Done(1, "", "")
+    if keep:
+        with pytest.raises(
+            AgentError, match=r"ours would take the place of theirs.*'mta: replace'"
+        ):
+            host.apply(bundle({}, packages=["ours"], keep_packages=True))
+    else:
+        host.apply(bundle({}, packages=["ours"], keep_packages=False))
+    installed = [c for c in host.system.calls if "install" in c and "--simulate" not in c]
+    assert bool(installed) != keep
+    assert not (host.root / mail_agent.POLICY_RC_D[1:]).exists()
+
+
 def test_a_policy_of_the_operator_is_kept(host: Host) -> None:
     policy = host.root / mail_agent.POLICY_RC_D[1:]
     policy.write_text("theirs")

@@ -128,9 +128,18 @@ def test_the_recipe_names_the_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(image, "MAIL_PACKAGES", (*image.MAIL_PACKAGES, "another"))
     after = image._Builder(tmp_path, quiet).layers()
     assert after.base == before.base
-    assert after.mail[-1] != before.mail[-1]
+    for name in ("postfix", "opensmtpd"):
+        changed = zip(getattr(before, name), getattr(after, name), strict=True)
+        assert [one != other for one, other in changed] == [False, True, True, True]
     assert after.aptrepo != before.aptrepo
     assert after.world == before.world
+
+
+def test_a_machine_has_the_layer_of_its_mail_server(tmp_path: Path) -> None:
+    layers = image._Builder(tmp_path, Progress(quiet=True)).layers()
+    assert layers.of(["dovecot-core", "postfix"]) == layers.postfix
+    assert layers.of(["opensmtpd", "rspamd"]) == layers.opensmtpd
+    assert layers.postfix[:-1] == layers.opensmtpd[:-1]
 
 
 def test_fields_of_package_lists_are_read() -> None:

@@ -241,6 +241,9 @@ def test_an_existing_machine_stays_the_operators() -> None:
     assert EDGE.base is Base.OPERATOR and EDGE.vm is None
     allowed = (
         "/etc/mail-platform/",
+        # Of a package that is there for the platform alone.
+        "/etc/mail/",
+        "/etc/smtpd.conf",
         "/etc/nginx/mail-streams.d/",
         "/etc/nginx/modules-enabled/90-mail-streams.conf",
         "/etc/systemd/system/mail-",
@@ -248,8 +251,11 @@ def test_an_existing_machine_stays_the_operators() -> None:
     )
     bundle = compose(PLATFORM, EDGE)
     assert [p for p in bundle.files if not p.startswith(allowed)] == []
-    assert set(bundle.packages) == {"libnginx-mod-stream", "nftables", "nginx"}
-    assert {s.unit for s in bundle.services} == {"mail-nftables.service", "nginx.service"}
+    assert set(bundle.packages) == {"libnginx-mod-stream", "nftables", "nginx", "opensmtpd"}
+    assert bundle.keep_packages and not compose(PLATFORM, OUT).keep_packages
+    assert {s.unit for s in bundle.services} == {
+        *("mail-nftables.service", "nginx.service", "opensmtpd.service")
+    }
     (nginx,) = (s for s in bundle.services if s.unit == "nginx.service")
     assert nginx.restart_on == ()
     # When the role goes, the operator's web server stays.

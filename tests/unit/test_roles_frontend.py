@@ -51,7 +51,7 @@ def test_a_primary_that_is_no_member_is_an_error() -> None:
 
 def test_health_goes_through_the_stream() -> None:
     banner = f"220 {PLATFORM.names.smtp_out} ESMTP"
-    found = [h for h in compose(PLATFORM, EDGE).health if isinstance(h, TcpHealth)]
+    found = [h for h in frontend.fragment(PLATFORM, EDGE).health if isinstance(h, TcpHealth)]
     assert {(h.address, h.port, h.expect) for h in found} == {
         ("127.0.0.1", 587, banner),
         ("::1", 587, banner),

@@ -43,8 +43,10 @@ def test_each_port_is_open_to_those_that_need_it_alone() -> None:
 
 def test_the_password_is_in_no_public_file_and_in_every_secret_one_of_redis() -> None:
     values = {redis_password(): "the-password", rspamd_controller_hash(): "$2$the-hash"}
-    assert set(required(PLATFORM, FILTER)) == set(values)
-    files = compose_secrets(PLATFORM, FILTER, values)
+    own = {name: "the-login" for name in required(PLATFORM, FILTER) if name not in values}
+    assert {*own} == {"sasl-password/mail"}
+    files = compose_secrets(PLATFORM, FILTER, values | own)
+    assert "the-login" in files.pop("/etc/mail/secrets").content
     for path, file in files.items():
         assert (file.owner, file.mode) == ("root", 0o640), path
         assert file.group == ("redis" if path.startswith("/etc/redis/") else "_rspamd")

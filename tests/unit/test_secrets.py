@@ -72,9 +72,10 @@ def test_a_domain_that_stops_sending_needs_no_key() -> None:
     assert gone == {f"dkim/{name}/{domain.signing_key.selector}"}
 
 
-def test_a_frontend_needs_none() -> None:
-    assert required(PLATFORM, EDGE) == ()
-    assert compose_secrets(PLATFORM, EDGE, {}) == {}
+def test_a_frontend_needs_the_login_of_its_group_alone() -> None:
+    assert required(PLATFORM, EDGE) == ("sasl-password/mail",)
+    (path,) = compose_secrets(PLATFORM, EDGE, {"sasl-password/mail": "word"})
+    assert path == "/etc/mail/secrets"
 
 
 def test_files_are_readable_by_their_daemons_alone() -> None:

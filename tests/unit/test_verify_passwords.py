@@ -17,7 +17,12 @@ SITE = Path(__file__).resolve().parents[2] / "sites" / "example"
 
 def test_every_user_gets_a_hash_that_fits_the_password(tmp_path: Path) -> None:
     platform = load_platform(SITE)
-    hashes = rehearsal_passwords(tmp_path, platform)
+    given = rehearsal_passwords(tmp_path, platform)
+    plain = {n: v for n, v in given.items() if n.startswith("sasl-password/")}
+    hashes = {n: v for n, v in given.items() if n not in plain}
+    assert plain == {
+        f"sasl-password/{name}": password_of(tmp_path, name) for name in platform.sasl_users
+    }
     passwords = {f"sasl/{name}": password_of(tmp_path, name) for name in platform.sasl_users}
     passwords |= {
         f"mailbox/{name}": mailbox_password(tmp_path, name) for name in platform.mailboxes
