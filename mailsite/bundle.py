@@ -24,7 +24,16 @@ from mailsite.fragment import (
 )
 from mailsite.loader import Problem, SiteError
 from mailsite.model import Host, Mta, Platform, Role
-from mailsite.roles import base, frontend, maildrop, null_client, rspamd, smtp_in, smtp_out
+from mailsite.roles import (
+    base,
+    frontend,
+    maildrop,
+    null_client,
+    rspamd,
+    smtp_in,
+    smtp_out,
+    upgrades,
+)
 
 FORMAT = 1
 UNITS = "/etc/systemd/system/"
@@ -170,6 +179,8 @@ def fragments(platform: Platform, host: Host) -> tuple[Fragment, ...]:
     own = tuple(ROLES[role](platform, host) for role in roles if role in ROLES)
     if roles and host.has_null_client:
         own = (*own, null_client.fragment(platform, host))
+    if host.is_managed:
+        own = (*own, upgrades.fragment(platform, host))
     ports = tuple(port for fragment in own for port in fragment.ports)
     return (base.fragment(platform, host, ports), *own)
 

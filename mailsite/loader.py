@@ -60,6 +60,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
         "spam",
         "maildrop",
         "management",
+        "upgrades",
         "probe",
         "site_local",
     ),

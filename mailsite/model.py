@@ -807,6 +807,18 @@ class Maildrop(Frozen):
     managesieve: tuple[Prefix, ...] = Field(min_length=1)
 
 
+class Upgrades(Frozen):
+    """When our machines install security upgrades.
+
+    The first member of each cluster does so at ``hour`` (UTC), the next ones an hour later each.
+    With ``reboot`` a machine whose kernel was upgraded reboots then; otherwise none ever does by
+    itself.
+    """
+
+    hour: int = Field(default=1, ge=0, le=23)
+    reboot: bool = False
+
+
 class Management(Frozen):
     """Who may reach ssh: the networks of the operators."""
 
@@ -877,6 +889,7 @@ class Platform(Frozen):
         default=None, description="None: the platform has no mailboxes"
     )
     management: Management
+    upgrades: Upgrades = Upgrades()
     probe: Probe | None = None
     site_local: SiteLocal | None = Field(
         default=None, description="None: the platform has no site-local networks"

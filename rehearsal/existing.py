@@ -1,8 +1,8 @@
 """Existing machines: those of the topology without a ``vm``, as their operator left them.
 
-They are no work of the platform's: they run before the engine does, have a website, a firewall
-table and an address configuration of their own, and were made ready for the platform once, by
-``agent/bootstrap.sh``. What is on them beside must be unchanged after every ``up``.
+They are no work of the platform's: they run before the engine does, have an address configuration
+of their own, the frontends a website and a firewall table too, and were made ready for the platform
+once, by ``agent/bootstrap.sh``. What is on them beside must be unchanged after every ``up``.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from mailsite.cloud_init import mac_address
-from mailsite.model import Host, Platform
+from mailsite.model import Host, Platform, Role
 from rehearsal import secrets
+from rehearsal.ca import Authority
 from rehearsal.machine import Machine
 from rehearsal.network import Network
 from rehearsal.state import CHECKOUT, State
@@ -48,13 +49,19 @@ table {FIREWALL_TABLE[0]} {FIREWALL_TABLE[1]} {{
 }}
 """
 
+_AUTHORITIES = "etc/ssl/certs/ca-certificates.crt"
 _ENABLED = {"nginx.service": "multi-user.target", "nftables.service": "sysinit.target"}
 _AGENT_FILES = ("bootstrap.sh", "mail_agent.py", "mail-agent-recover.service")
 _TOOLBOX = "/root/agent"
 
 
-def files(platform: Platform, host: Host, private_key: str, public_key: str) -> dict[str, str]:
-    """What the operator has on ``host``: path without the leading slash -> content."""
+def files(
+    platform: Platform, host: Host, private_key: str, public_key: str, authority: str
+) -> dict[str, str]:
+    """What the operator has on ``host``: path without the leading slash -> content.
+
+    Like everybody in the world outside, it trusts the ``authority`` there (PEM).
+    """
     found = {
         "etc/hostname": host.short + "\n",
         "etc/hosts": (
@@ -64,10 +71,14 @@ def files(platform: Platform, host: Host, private_key: str, public_key: str) -> 
         "etc/cloud/cloud-init.disabled": "",
         "etc/ssh/ssh_host_ed25519_key": private_key,
         "etc/ssh/ssh_host_ed25519_key.pub": f"{public_key}\n",
-        "etc/nftables.conf": _NFTABLES,
-        "etc/nginx/sites-enabled/default": _NGINX,
-        "var/www/operator/index.html": WEBSITE,
+        _AUTHORITIES: authority,
     }
+    if Role.FRONTEND in host.roles:
+        found |= {
+            "etc/nftables.conf": _NFTABLES,
+            "etc/nginx/sites-enabled/default": _NGINX,
+            "var/www/operator/index.html": WEBSITE,
+        }
     for number, interface in enumerate(host.interfaces):
         network = platform.network_of(interface)
         lines = [
@@ -100,6 +111,8 @@ class ExistingMachine:
         self.host = host
         self._platform = platform
         self._state = state
+        # Made when first asked for, so not in up(), which runs for several machines at once.
+        self._authority = Authority(state.ca).root_pem
         kept = Machine.load(host.name, state)
         self.machine = Machine(
             name=host.name,
@@ -126,7 +139,9 @@ class ExistingMachine:
         root = self.machine.mount()
         fresh = not (root / "etc/cloud/cloud-init.disabled").exists()
         private, public = secrets.host_key(self._state, self.host.name)
-        for name, content in files(self._platform, self.host, private, public).items():
+        for name, content in files(
+            self._platform, self.host, private, public, self._authority
+        ).items():
             path = root / name
             if not fresh and not name.startswith("etc/systemd/network/"):
                 continue
@@ -134,7 +149,7 @@ class ExistingMachine:
             path.unlink(missing_ok=True)
             path.touch(mode=0o600 if name.endswith("_key") else 0o644)
             path.write_text(content, encoding="utf-8")
-        if fresh:
+        if fresh and Role.FRONTEND in self.host.roles:
             for unit, target in _ENABLED.items():
                 wants = root / f"etc/systemd/system/{target}.wants"
                 wants.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mailsite.loader import load_platform
-from mailsite.model import Host, Platform
+from mailsite.model import CLIENT_ROLES, Host, Platform
 from rehearsal import cleanup, engine, existing, image, network, program, secrets, tools
 from rehearsal.ca import Authority
 from rehearsal.progress import Progress, RehearsalError, wait_for
@@ -24,6 +24,7 @@ from verify.passwords import rehearsal_passwords
 _STANDINS = "stand-ins"
 _STANDINS_SECONDS = 60.0
 _RUN_FILE = "run.json"
+_LATE_BOOTS = 2
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,10 @@ def up(site: Site, state: State, progress: Progress) -> dict[str, int]:
         for host in hosts
         if host.vm is None
     ]
-    steps: list[tuple[str, Callable[[], None]]] = [("the outside world", world.up)]
-    steps += [(f"existing machine {e.host.name}", e.up) for e in operators]
-    steps.append(("stand-in providers", lambda: start_standins(site, state)))
+    steps: list[Step] = [("the outside world", world.up)]
+    early = [e for e in operators if not _is_client(e.host)]
+    late = [e for e in operators if _is_client(e.host)]
+    steps += [*_boots(early), ("stand-in providers", lambda: start_standins(site, state))]
     _at_once(steps, progress)
     _write_overlay(state, platform, world, operators)
 
@@ -124,19 +126,36 @@ def up(site: Site, state: State, progress: Progress) -> dict[str, int]:
         # A stack without any is that of an operator who loads the zones' text elsewhere.
         zone_ids={zone.rstrip("."): world.zone_id(zone) for zone in world.zone_names},
     )
-    with progress.step(f"pulumi up --stack {site.stack}"):
-        return rehearsed.up(progress, values=values)
+    # Servers that only send mail are not needed before there is somebody to take it.
+    with ThreadPoolExecutor(max_workers=_LATE_BOOTS) as pool:
+        booting = [pool.submit(_run, *step, progress) for step in _boots(late)]
+        with progress.step(f"pulumi up --stack {site.stack}"):
+            changes = rehearsed.up(progress, values=values)
+    for boot in booting:
+        boot.result()
+    return changes
 
 
-def _at_once(steps: Sequence[tuple[str, Callable[[], None]]], progress: Progress) -> None:
+Step = tuple[str, Callable[[], None]]
+
+
+def _is_client(host: Host) -> bool:
+    return set(host.roles) <= set(CLIENT_ROLES)
+
+
+def _boots(machines: Sequence[existing.ExistingMachine]) -> list[Step]:
+    return [(f"existing machine {each.host.name}", each.up) for each in machines]
+
+
+def _run(what: str, act: Callable[[], None], progress: Progress) -> None:
+    with progress.step(what):
+        act()
+
+
+def _at_once(steps: Sequence[Step], progress: Progress) -> None:
     """Run steps side by side; the first error counts, after all have ended."""
-
-    def run(what: str, act: Callable[[], None]) -> None:
-        with progress.step(what):
-            act()
-
     with ThreadPoolExecutor(max_workers=len(steps)) as pool:
-        futures = [pool.submit(run, *step) for step in steps]
+        futures = [pool.submit(_run, *step, progress) for step in steps]
     for future in futures:
         future.result()
 

@@ -47,10 +47,12 @@ class Client:
         known = [str(a) for a in (self.ipv4, self.ipv6) if a is not None]
         return f"{self.place} ({', '.join(known)})" if known else self.place
 
-    def open_socket(self, family: socket.AddressFamily, kind: socket.SocketKind) -> socket.socket:
+    def open_socket(
+        self, family: socket.AddressFamily, kind: socket.SocketKind, protocol: int = -1
+    ) -> socket.socket:
         """A socket in the client's network, not bound to an address."""
         with self.enter():
-            return socket.socket(family, kind)
+            return socket.socket(family, kind, protocol)
 
     def connect(
         self, address: IPAddress | str, port: int, *, timeout: float = 5.0

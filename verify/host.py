@@ -12,7 +12,7 @@ import dns.rcode
 
 from mailsite.bundle import compose
 from mailsite.model import Host, Role
-from verify import addresses, maildrop, smtp_in
+from verify import addresses, host_state, maildrop, reachability, smtp_in
 from verify.client import Client
 from verify.context import Context, each, eventually, expect
 from verify.lab import AGENT, LabMachine, RemoteSender
@@ -126,6 +126,24 @@ def _internal_names(ctx: Context) -> list[tuple[str, str, set[str]]]:
         for name, addresses in wanted.items()
         for kind, version in (("A", 4), ("AAAA", 6))
     ]
+
+
+@check("HOST-2", quick=True)
+def only_the_tiers_ports_answer(ctx: Context) -> str:
+    """From anywhere only those ports answer that the host's tier serves to that place."""
+    return reachability.probe_every_host(ctx)
+
+
+@check("HOST-3", quick=True)
+def machines_are_well(ctx: Context) -> str:
+    """No unit has failed, no mail daemon warns, what runs is installed, and members are equal."""
+    return host_state.read_the_books(ctx)
+
+
+@check("HOST-6", disruptive=True)
+def everything_comes_back(ctx: Context) -> str:
+    """After a reboot of every machine, in an order that nobody chose, all services are back."""
+    return host_state.reboot_every_machine(ctx)
 
 
 @check("HOST-4", quick=True, alone=True)

@@ -769,6 +769,24 @@ class Lab:
         )
 
     @contextmanager
+    def untracked(self, addresses: Iterable[IPAddress]) -> Iterator[None]:
+        """The routers between the networks do not remember what passes from and to ``addresses``.
+
+        Each probe of a scan would be a connection to them, and there is room for so many.
+        """
+        families = {4: "ip", 6: "ip6"}
+        ends = ("saddr", "daddr")
+        rules = [f"{families[a.version]} {end} {a} notrack" for a in addresses for end in ends]
+        hook = "type filter hook prerouting priority raw; policy accept"
+        chain = "\n".join([hook, *rules])
+        text = f"table inet untracked {{\nchain prerouting {{\n{chain}\n}}\n}}\n"
+        network.run_in(network.CORE, ["nft", "-f", "-"], input=text)
+        try:
+            yield
+        finally:
+            network.run_in(network.CORE, ["nft", "delete", "table", "inet", "untracked"])
+
+    @contextmanager
     def _dropping(self, matches: Iterable[str]) -> Iterator[None]:
         """What a router forwards between the networks and matches is lost."""
         drops = [f"{match} drop" for match in matches]

@@ -284,14 +284,14 @@ def mail_is_signed(ctx: Context) -> str:
         mail = letter(f"{{token}}@{author}", f"{{token}}@{strict}")
         submit(ctx, Door(ctx.internet.client(), door.name, door.address), mail)
         arrived = lab.world.arrival("strict", mail.recipient, PROMPT)
-        _expect_signed(ctx, arrived, author)
+        expect_signed(ctx, arrived, author)
         return arrived
 
     authors = [*domains, subdomain]
     each(authors, signed, workers=3)
     bounce = _bounce_of(ctx)
     helo = ctx.platform.names.smtp_out
-    _expect_signed(ctx, bounce, mailauth.author_domain(bounce.raw))
+    expect_signed(ctx, bounce, mailauth.author_domain(bounce.raw))
     without = _with_the_signer_stopped(ctx, ctx.members[-1], domains[0])
     return (
         f"one valid relaxed/relaxed signature on mail of {', '.join(authors)} and on the bounce "
@@ -299,7 +299,7 @@ def mail_is_signed(ctx: Context) -> str:
     )
 
 
-def _expect_signed(ctx: Context, mail: Mail, author: str) -> None:
+def expect_signed(ctx: Context, mail: Mail, author: str) -> None:
     """Exactly one DKIM signature, as the contract words it, and DMARC's alignment."""
     found = mailauth.signatures(ctx.lookup, mail.raw)
     expect(len(found) == 1, f"mail of {author} arrived with {len(found)} DKIM signatures")
@@ -430,7 +430,7 @@ def _with_the_signer_stopped(ctx: Context, member: Host, domain: str) -> str:
     ]
     for mx, recipient in late:
         arrived = lab.world.arrival(mx, recipient, 20.0, poke=machine.hurry)
-        _expect_signed(ctx, arrived, mailauth.author_domain(arrived.raw))
+        expect_signed(ctx, arrived, mailauth.author_domain(arrived.raw))
     return (
         f"with OpenDKIM stopped on {member.name} a submission is deferred, a local mail and a "
         "bounce wait, and all three leave signed afterwards"

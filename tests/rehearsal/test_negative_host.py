@@ -12,6 +12,7 @@ from verify.lab import Lab
 from .faults import changed_by_hand, edit, expect_green, expect_red
 
 UNBOUND = "/etc/unbound/unbound.conf"
+NFTABLES = "/etc/nftables.conf"
 
 
 def test_a_resolver_that_does_not_validate_turns_host_1_red(platform_up: Context) -> None:
@@ -58,3 +59,79 @@ def test_a_machine_that_had_everything_turns_host_5_red(
     monkeypatch.setattr(Lab, "replace_with_bare", from_the_full_image)
     monkeypatch.setattr(hosts, "TIERS", hosts.TIERS[:1])
     expect_red(platform_up, "HOST-5", "shows no installation of the mail daemons")
+
+
+@pytest.fixture
+def last(platform_up: Context) -> Host:
+    return platform_up.members[-1]
+
+
+def test_a_firewall_that_lets_everything_in_turns_host_2_red(
+    platform_up: Context, last: Host
+) -> None:
+    opened = edit(NFTABLES, "s/(hook input .*policy) drop/\\1 accept/")
+    with changed_by_hand(platform_up, last, opened, restart="nftables.service"):
+        expect_red(platform_up, "HOST-2", f"{last.name}: .* is refused to .*, not dropped")
+
+
+def test_a_port_that_is_open_to_more_turns_host_2_red(platform_up: Context, last: Host) -> None:
+    wide = edit(NFTABLES, "s/ip saddr [{][^}]*[}] (tcp dport 10587 accept)/\\1/")
+    with changed_by_hand(platform_up, last, wide, restart="nftables.service"):
+        expect_red(platform_up, "HOST-2", f"{last.name}: 10587/tcp at .* answers to")
+
+
+def test_a_port_that_is_shut_turns_host_2_red(platform_up: Context, last: Host) -> None:
+    shut = edit(NFTABLES, "/dport 587 accept/d")
+    with changed_by_hand(platform_up, last, shut, restart="nftables.service"):
+        expect_red(platform_up, "HOST-2", f"{last.name}: 587/tcp at .* does not answer to")
+
+
+def test_a_failed_unit_turns_host_3_red(platform_up: Context, last: Host) -> None:
+    machine = platform_up.lab.machine(last)
+    machine.call("systemd-run", "--quiet", "--wait", "--unit=verify-fails", "false")
+    try:
+        expect_red(platform_up, "HOST-3", f"{last.name}: failed: verify-fails.service")
+    finally:
+        machine.run("systemctl", "reset-failed", "verify-fails.service")
+
+
+def test_a_warning_of_a_daemon_turns_host_3_red(platform_up: Context, last: Host) -> None:
+    machine = platform_up.lab.machine(last)
+    machine.run("logger", "-p", "mail.warning", "-t", "postfix/smtpd", "warning: never seen before")
+    try:
+        expect_red(platform_up, "HOST-3", f"{last.name}: .*\n.*warning: never seen before")
+    finally:
+        machine.run("journalctl", "--rotate")
+        machine.run("journalctl", "--vacuum-time=1s")
+
+
+def test_a_program_that_was_replaced_turns_host_3_red(platform_up: Context, last: Host) -> None:
+    machine = platform_up.lab.machine(last)
+    program = "/usr/sbin/unbound"
+    machine.run("cp", "-p", program, f"{program}.new")
+    machine.run("mv", f"{program}.new", program)
+    try:
+        expect_red(platform_up, "HOST-3", f"{last.name}: what runs was replaced .*{program}")
+    finally:
+        machine.run("systemctl", "restart", "unbound.service")
+
+
+def test_a_member_with_another_version_turns_host_3_red(platform_up: Context, last: Host) -> None:
+    machine = platform_up.lab.machine(last)
+    status = "/var/lib/dpkg/status"
+    machine.run("cp", "-p", status, f"{status}.kept")
+    machine.run(
+        "sed", "-i", "/^Package: opendkim$/,/^$/s/^Version: .*/Version: 2.11.0~invented/", status
+    )
+    try:
+        expect_red(platform_up, "HOST-3", f"opendkim: .*2.11.0~invented on {last.name}")
+    finally:
+        machine.run("mv", f"{status}.kept", status)
+
+
+def test_a_service_that_does_not_start_at_boot_turns_host_6_red(
+    platform_up: Context, last: Host
+) -> None:
+    disabled = ("systemctl", "disable", "--quiet", "opendkim.service")
+    with changed_by_hand(platform_up, last, disabled):
+        expect_red(platform_up, "HOST-6", f"{last.name}: not active after the reboot: opendkim")

@@ -207,12 +207,15 @@ def test_unit_files_are_checked_by_systemd() -> None:
 READ_BY_NOBODY = {
     "/etc/cloud/cloud-init.disabled",
     "/etc/hostname",
+    "/etc/apt/apt.conf.d/99mail-upgrades",
     "/usr/local/lib/mail-platform/check-dkim",
     "/usr/local/lib/mail-platform/mail-queue",
+    "/usr/local/lib/mail-platform/upgrade",
     "/usr/local/sbin/mail-agent",
 }
 #: Units that start with the daemons that need them, and one that must not start.
 STARTED_BY_OTHERS = {
+    "/etc/systemd/system/mail-upgrade.service",
     "/etc/systemd/system/systemd-resolved.service.d/mail.conf",
 }
 
@@ -290,5 +293,5 @@ def test_the_secret_document() -> None:
 
 
 def test_the_base_comes_first() -> None:
-    assert [f.role for f in fragments(PLATFORM, OUT)] == ["base", "smtp-out"]
+    assert [f.role for f in fragments(PLATFORM, OUT)] == ["base", "smtp-out", "upgrades"]
     assert isinstance(compose(PLATFORM, OUT), Bundle)

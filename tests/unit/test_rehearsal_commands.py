@@ -168,7 +168,7 @@ def test_an_existing_machine_has_its_addresses_routes_and_own_things() -> None:
         },
     )
     (only,) = made.hosts.values()
-    found = existing.files(made, only, "PRIVATE", "ssh-ed25519 AAAA")
+    found = existing.files(made, only, "PRIVATE", "ssh-ed25519 AAAA", "PEM")
     outer = found["etc/systemd/network/10-leg0.network"]
     inner = found["etc/systemd/network/10-leg1.network"]
     assert "Address=100.80.3.5/24\nAddress=2001:db8:3::5/64\n" in outer

@@ -19,7 +19,9 @@ BUILT = {
     *(f"BOX-{n}" for n in range(1, 11)),
     *(f"EDGE-{n}" for n in range(1, 5)),
     *(f"DNS-{n}" for n in range(1, 4)),
-    *("HOST-1", "HOST-4", "HOST-5", "CHANGE-1", "CHANGE-2", "CHANGE-8"),
+    *(f"CLIENT-{n}" for n in range(1, 4)),
+    *(f"HOST-{n}" for n in range(1, 7)),
+    *("CHANGE-1", "CHANGE-2", "CHANGE-8"),
 }
 
 
@@ -40,7 +42,7 @@ def test_the_live_and_quick_sets_are_the_contracts() -> None:
     }
     assert BUILT - quick == {
         *("OUT-5", "SPAM-3", "SPAM-6", "BOX-4", "BOX-8", "BOX-10", "EDGE-1", "EDGE-3"),
-        *("HOST-5", "CHANGE-2"),
+        *("CLIENT-2", "HOST-5", "HOST-6", "CHANGE-2"),
     }
 
 
@@ -53,6 +55,7 @@ def test_every_check_says_in_one_line_what_it_shows() -> None:
 def test_a_check_lives_in_the_module_of_its_section() -> None:
     sections = {"OUT": "smtp_out", "IN": "smtp_in", "EDGE": "nginx_streams", "DNS": "mail_dns"}
     sections |= {"HOST": "host", "CHANGE": "change", "SPAM": "rspamd", "BOX": "maildrop"}
+    sections |= {"CLIENT": "null_clients"}
     for check in checks.all():
         assert check.function.__module__ == f"verify.{sections[check.id.partition('-')[0]]}"
 

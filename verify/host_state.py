@@ -1,0 +1,205 @@
+"""What every machine's own books say, also after a reboot of all of them."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mailsite.bundle import compose
+from mailsite.model import Role
+from verify import maildrop
+from verify.context import Context, each, eventually, expect
+from verify.lab import AGENT, LabMachine
+from verify.reachability import Tables
+from verify.smtp import letter
+from verify.smtp_out import frontend_doors, submit
+
+DAEMONS = re.compile(
+    r"postfix|dovecot|opendkim|postsrsd|rspamd|redis|smtpd|opensmtpd|nginx|unbound|pairsync|mail-"
+)
+"""Whose lines in the journal are read, by the name that they log with."""
+WARNING = 4
+"""Priorities from here on downwards are warnings and errors (syslog(3))."""
+SHOWN = 15
+PROMPT = 60.0
+_BOOT_SECONDS = 180.0
+_BACK_SECONDS = 90.0
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """A line that may be there. ``why``: what it is, and why nobody needs to do anything."""
+
+    program: str
+    text: str
+    why: str
+
+    def covers(self, program: str, text: str) -> bool:
+        return bool(re.match(self.program, program) and re.search(self.text, text))
+
+
+ALLOWED: tuple[Allowed, ...] = ()
+
+
+def read_the_books(ctx: Context) -> str:
+    """Look at units, processes, journals and packages of every machine. Says what was seen."""
+    machines = list(ctx.lab.machines)
+
+    def look(machine: LabMachine) -> tuple[int, int]:
+        _expect_no_failed_unit(machine)
+        running = _expect_installed(machine)
+        return running, _expect_quiet(machine)
+
+    counts = each(machines, look)
+    running, excused = (sum(column) for column in zip(*counts, strict=True))
+    equal = _expect_equal_packages(ctx)
+    return (
+        f"{len(machines)} hosts without a failed unit; {running} processes run the installed "
+        f"programs; no warning of a mail daemon ({excused} lines excused, {len(ALLOWED)} kinds); "
+        f"{equal}"
+    )
+
+
+def _expect_no_failed_unit(machine: LabMachine) -> None:
+    rows = machine.run("systemctl", "list-units", "--failed", "--plain", "--no-legend", "--all")
+    failed = [row.split()[0] for row in rows.splitlines()]
+    expect(not failed, f"{machine.name}: failed: {' '.join(failed)}")
+
+
+_PROCESSES = r"""
+for process in /proc/[0-9]*; do
+    exe=$(readlink "$process/exe") || continue
+    echo "$exe"
+    awk -v name="${process##*/}" \
+        '$NF == "(deleted)" && $6 ~ "^/usr/" { print "deleted " name " " $6 }' \
+        "$process/maps" 2>/dev/null | sort -u
+done
+"""
+
+
+def _expect_installed(machine: LabMachine) -> int:
+    """No process runs a program, or a library, that was replaced on the disk."""
+    rows = machine.run("sh", "-c", _PROCESSES).splitlines()
+    old = [row for row in rows if row.endswith("(deleted)") or row.startswith("deleted ")]
+    told = "; ".join(sorted(set(old))[:SHOWN])
+    expect(not old, f"{machine.name}: what runs was replaced on the disk: {told}")
+    return len(rows)
+
+
+def _expect_quiet(machine: LabMachine) -> int:
+    """No warning or error of a mail daemon since the boot. Returns how many lines are excused."""
+    lines = [*_warnings(machine)]
+    bad = [f"{p}: {t}" for p, t in lines if not any(a.covers(p, t) for a in ALLOWED)]
+    kinds = list(dict.fromkeys(re.sub(r"[0-9A-F]{6,}|\d+", "N", line) for line in bad))
+    expect(
+        not bad,
+        f"{machine.name}: {len(bad)} warnings in the journal, of {len(kinds)} kinds:\n  "
+        + "\n  ".join(bad[:SHOWN]),
+    )
+    return len(lines)
+
+
+def _warnings(machine: LabMachine) -> Iterator[tuple[str, str]]:
+    """Program and text of each line, of this boot."""
+    fields = "--output-fields=SYSLOG_IDENTIFIER,MESSAGE"
+    said = machine.run("journalctl", "-b", f"-p{WARNING}", "-o", "json", fields, "--no-pager")
+    for line in said.splitlines():
+        entry = json.loads(line)
+        program, text = entry.get("SYSLOG_IDENTIFIER"), entry.get("MESSAGE")
+        if isinstance(program, str) and isinstance(text, str) and DAEMONS.search(program):
+            yield program, text
+
+
+Versions = dict[str, dict[str, list[str]]]
+"""Package -> version -> hosts that have it."""
+
+
+def _expect_equal_packages(ctx: Context) -> str:
+    """Members of a cluster have the same packages, and each in one version."""
+    versions: dict[Role, Versions] = {}
+
+    def look(machine: LabMachine) -> tuple[LabMachine, list[list[str]]]:
+        rows = machine.run("dpkg-query", "-W", "-f", "${db:Status-Status} ${Package} ${Version}\n")
+        return machine, [r.split()[1:] for r in rows.splitlines() if r.startswith("installed ")]
+
+    managed = [machine for machine in ctx.lab.machines if machine.host.is_managed]
+    for machine, rows in each(managed, look):
+        cluster = versions.setdefault(machine.host.main_role, {})
+        for package, version in rows:
+            cluster.setdefault(package, {}).setdefault(version, []).append(machine.name)
+    different = [
+        f"{package}: " + ", ".join(f"{v} on {' '.join(names)}" for v, names in found.items())
+        for cluster in versions.values()
+        for package, found in cluster.items()
+        if len(found) > 1
+    ]
+    expect(not different, "members of a cluster differ: " + "; ".join(different[:SHOWN]))
+    packages = {package for cluster in versions.values() for package in cluster}
+    return f"{len(packages)} packages in equal versions within {len(versions)} clusters"
+
+
+def reboot_every_machine(ctx: Context) -> str:
+    """Reboot all at once, and look whether they are what they were. Says in which order."""
+    machines = list(ctx.lab.machines)
+    order = random.SystemRandom()
+    order.shuffle(machines)
+    before = {machine.name: _boot(machine) for machine in machines}
+    each(machines, lambda machine: machine.machine.stop(), workers=4)
+    order.shuffle(machines)
+    each(machines, lambda machine: machine.machine.boot(), workers=4)
+    each(machines, lambda machine: machine.machine.wait_booted(_BOOT_SECONDS))
+    same = [m.name for m in machines if _boot(m) == before[m.name]]
+    expect(not same, f"not rebooted: {', '.join(same)}")
+    each(machines, lambda machine: _expect_back(ctx, machine))
+    flows = _mail_flows(ctx)
+    return (
+        f"all {len(machines)} machines rebooted at once, {machines[0].name} first and "
+        f"{machines[-1].name} last: every service and every port is back, nothing differs from "
+        f"what was pushed, {flows}"
+    )
+
+
+def _boot(machine: LabMachine) -> str:
+    """Tells one boot from the next."""
+    return machine.run("stat", "-c", "%y", "/proc/1").strip()
+
+
+def _expect_back(ctx: Context, machine: LabMachine) -> None:
+    services = [service.unit for service in compose(ctx.platform, machine.host).services]
+    own = machine.observer.client()
+
+    def active() -> None:
+        states = machine.call("systemctl", "is-active", "--", *services).stdout.split()
+        down = [u for u, state in zip(services, states, strict=True) if state != "active"]
+        expect(not down, f"{machine.name}: not active after the reboot: {' '.join(down)}")
+
+    def serving() -> None:
+        for port in Tables(ctx.platform).of(machine.host):
+            for address in ctx.internal(machine.host):
+                own.connect(address, port).close()
+
+    if services:
+        eventually(active, seconds=_BACK_SECONDS, every=0.5)
+    eventually(serving, seconds=_BACK_SECONDS, every=0.5, what=machine.name)
+    _expect_no_failed_unit(machine)
+    drift = machine.call(AGENT, "drift")
+    expect(drift.returncode == 0, f"{machine.name}: drift after the reboot: {drift.stdout.strip()}")
+
+
+def _mail_flows(ctx: Context) -> str:
+    world = ctx.lab.world
+    mail = letter(f"{{token}}@{ctx.sending_domains[0]}", f"{{token}}@{world.domain('strict')}")
+    submit(ctx, frontend_doors(ctx)[0], mail)
+    world.arrival("strict", mail.recipient, PROMPT)
+    if not ctx.platform.replicas:
+        return "mail leaves"
+    inward = maildrop.through_the_mx(ctx, maildrop.owners(ctx)[0].user)
+
+    def arrived() -> None:
+        expect(world.copies(inward.token), f"mail to {inward.recipient} did not arrive")
+
+    eventually(arrived, seconds=PROMPT)
+    return "mail leaves and comes in"
