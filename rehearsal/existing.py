@@ -88,6 +88,7 @@ def files(
             f"Address={interface.ipv4}/{network.ipv4.prefix.prefixlen}",
             f"Address={interface.ipv6}/{network.ipv6.prefix.prefixlen}",
             "IPv6AcceptRA=no",
+            "LLMNR=no",
         ]
         if number == 0:
             lines += [f"DNS={address}" for address in plan.RESOLVER]

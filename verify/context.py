@@ -19,6 +19,7 @@ from verify.registry import Failed, Skipped
 if TYPE_CHECKING:
     from verify.lab import Lab
 
+_DISTURBED = "disturbed"
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -114,6 +115,22 @@ class Context:
         folder = self.state / "transcripts"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         (folder / f"{identifier}.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+    @property
+    def disturbed(self) -> float:
+        """When a check last changed something or took something away, in seconds since 1970.
+
+        What daemons said until then has its reason. 0: none did.
+        """
+        try:
+            return (self.state / _DISTURBED).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def disturb(self) -> None:
+        """Remember that a check changed something just now."""
+        if self.state.is_dir():
+            (self.state / _DISTURBED).touch()
 
     def note(self, text: str) -> None:
         """Tell the operator something beside the outcome: a warning, records to publish."""

@@ -13,7 +13,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -71,14 +71,14 @@ def source_of(client: Client, target: IPAddress) -> IPAddress | None:
         return ip_address(probe.getsockname()[0])
 
 
-def scan(client: Client, targets: Iterable[Port]) -> Scan:
-    """Probe ``targets`` from where ``client`` stands."""
+def scan(client: Client, targets: Mapping[IPAddress, Sequence[int]]) -> Scan:
+    """Probe the ports of each address, TCP and UDP, from where ``client`` stands."""
     found = Scan()
-    wanted: dict[tuple[Protocol, int], list[Port]] = {}
-    for port in targets:
-        wanted.setdefault((port.protocol, port.address.version), []).append(port)
-    for (protocol, _), ports in wanted.items():
-        (_tcp if protocol is Protocol.TCP else _udp)(client, ports, found)
+    for version in (4, 6):
+        mine = {a: numbers for a, numbers in targets.items() if a.version == version and numbers}
+        if mine:
+            _tcp(client, mine, found)
+            _udp(client, mine, found)
     return found
 
 
@@ -95,9 +95,8 @@ def _family(address: IPAddress) -> socket.AddressFamily:
 # -- TCP ---------------------------------------------------------------------------------------
 
 
-def _tcp(client: Client, ports: Sequence[Port], found: Scan) -> None:
-    family = _family(ports[0].address)
-    sources = {a: source_of(client, a) for a in {port.address for port in ports}}
+def _tcp(client: Client, targets: Mapping[IPAddress, Sequence[int]], found: Scan) -> None:
+    family = _family(next(iter(targets)))
     own = random.randrange(20000, 28000)  # below the kernel's own (ip_local_port_range)
     with client.open_socket(family, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
         _bind(raw, client)
@@ -105,45 +104,61 @@ def _tcp(client: Client, ports: Sequence[Port], found: Scan) -> None:
         if family is socket.AF_INET6:
             raw.setsockopt(socket.IPPROTO_IPV6, _IPV6_CHECKSUM, 16)
         raw.setblocking(False)
-        for number, port in enumerate(ports):
-            source = sources[port.address]
-            if source is not None:
-                _send(raw, _segment(source, port, own), port.address)
-            if number % _BURST == 0:
-                _answers(raw, own, found)
+        for address, numbers in targets.items():
+            source = source_of(client, address)
+            if source is None:
+                continue
+            segment = _Segment(source, address, own)
+            place = (str(address), 0)
+            for count, number in enumerate(numbers):
+                _send(raw, segment.to(number), place)
+                if count % _BURST == 0:
+                    _answers(raw, own, found)
         _until_settled(raw, lambda: _answers(raw, own, found))
 
 
-def _segment(source: IPAddress, port: Port, own: int) -> bytes:
-    sequence = random.getrandbits(32)
-    fields = [own, port.number, sequence, 0, 5 << 4, _SYN, 1024, 0, 0]
-    if port.address.version == 4:
-        packed = source.packed + port.address.packed + struct.pack("!HH", 6, _HEADER.size)
-        fields[7] = _checksum(packed + _HEADER.pack(*fields))
-    return _HEADER.pack(*fields)
+class _Segment:
+    """A SYN from ``source`` to any port of ``target``."""
+
+    def __init__(self, source: IPAddress, target: IPAddress, own: int) -> None:
+        self._own = own
+        self._sequence = random.getrandbits(32)
+        # Of all but the port, which is added; over IPv6 the kernel does it.
+        pseudo = source.packed + target.packed + struct.pack("!HH", 6, _HEADER.size)
+        self._sum = _words(pseudo + self._packed(0, 0)) if target.version == 4 else None
+
+    def _packed(self, number: int, checksum: int) -> bytes:
+        return _HEADER.pack(self._own, number, self._sequence, 0, 5 << 4, _SYN, 1024, checksum, 0)
+
+    def to(self, number: int) -> bytes:
+        return self._packed(number, 0 if self._sum is None else _checksum(self._sum + number))
 
 
-def _checksum(data: bytes) -> int:
-    """The Internet checksum (RFC 1071)."""
+def _words(data: bytes) -> int:
     total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    return total
+
+
+def _checksum(total: int) -> int:
+    """The Internet checksum (RFC 1071) of a sum of words."""
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
 
 
-def _send(raw: socket.socket, packet: bytes, target: IPAddress, number: int = 0) -> None:
+def _send(raw: socket.socket, packet: bytes, place: tuple[str, int]) -> None:
     for _ in range(50):
         try:
-            raw.sendto(packet, (str(target), number))
+            raw.sendto(packet, place)
         except BlockingIOError:
             select.select([], [raw], [], 1.0)
         except OSError as error:
             if error.errno == errno.ENOBUFS:
                 time.sleep(0.001)  # the device's queue is full, and nothing tells when it is not
                 continue
-            if error.errno in (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH):
-                return  # what an earlier probe was told
-            raise
+            # What an earlier probe was told; this one was not sent.
+            if error.errno not in (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH):
+                raise
         else:
             return
 
@@ -175,16 +190,18 @@ def _answers(raw: socket.socket, own: int, found: Scan) -> bool:
 # -- UDP ---------------------------------------------------------------------------------------
 
 
-def _udp(client: Client, ports: Sequence[Port], found: Scan) -> None:
-    family = _family(ports[0].address)
+def _udp(client: Client, targets: Mapping[IPAddress, Sequence[int]], found: Scan) -> None:
+    family = _family(next(iter(targets)))
     with client.open_socket(family, socket.SOCK_DGRAM) as probe:
         _bind(probe, client)
         probe.setsockopt(*_RECVERR[family], 1)
         probe.setblocking(False)
-        for number, port in enumerate(ports):
-            _send(probe, _QUESTION, port.address, port.number)
-            if number % _BURST == 0:
-                _replies(probe, found)
+        for address, numbers in targets.items():
+            place = str(address)
+            for count, number in enumerate(numbers):
+                _send(probe, _QUESTION, (place, number))
+                if count % _BURST == 0:
+                    _replies(probe, found)
         _until_settled(probe, lambda: _replies(probe, found))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_network
 
@@ -156,22 +156,33 @@ def _probed(
         for address in machine.host.addresses
     }
     outside = place.client.place == ctx.internet.place
-    targets, wanted = [], set()
+    targets: dict[IPAddress, list[int]] = {}
+    wanted = set()
     for address, host in hosts.items():
         routed = not outside or _is_public(ctx, host, address)
         # That nobody routes site-local addresses is seen with the ports that somebody has.
-        ports = numbers if routed else list(tables.of(host))
-        targets += [Port(protocol, address, n) for protocol in Protocol for n in ports]
+        targets[address] = numbers if routed else list(tables.of(host))
         source = source_of(place.client, address) if routed else None
         if source is not None:
+            known = not (_is_public(ctx, host, address) and _is_hidden(ctx, source))
             wanted |= {
                 Port(Protocol.TCP, address, number)
                 for number, networks in tables.of(host).items()
-                if networks is ANYONE or any(source in network for network in networks)
+                if networks is ANYONE or (known and any(source in net for net in networks))
             }
     found = scan(place.client, targets)
-    _expect_wanted(place, hosts, wanted, found, lambda left: scan(place.client, left))
-    return len(targets), len(wanted)
+    missing = wanted - found.open
+    if missing:  # a probe may be lost on its way, and nobody sends it again
+        again = {port.address: [p.number for p in missing] for port in missing}
+        found.open |= scan(place.client, again).open & missing
+    _expect_wanted(place, hosts, wanted, found)
+    return len(Protocol) * sum(map(len, targets.values())), len(wanted)
+
+
+def _is_hidden(ctx: Context, source: IPAddress) -> bool:
+    """Whether a gateway puts its own address in the place of ``source`` on the way outside."""
+    local = ctx.platform.site_local
+    return local is not None and (source in local.ipv4 or source in local.ipv6)
 
 
 def _is_public(ctx: Context, host: Host, address: IPAddress) -> bool:
@@ -183,22 +194,16 @@ def _is_public(ctx: Context, host: Host, address: IPAddress) -> bool:
 
 
 def _expect_wanted(
-    place: Place,
-    hosts: Mapping[IPAddress, Host],
-    wanted: set[Port],
-    found: Scan,
-    again: Callable[[set[Port]], Scan],
+    place: Place, hosts: Mapping[IPAddress, Host], wanted: set[Port], found: Scan
 ) -> None:
     lines = [
         f"{hosts[port.address].name}: {port} answers to {place.name}"
         for port in found.open - wanted
         if port.address in hosts
     ]
-    missing = wanted - found.open
-    if missing:  # a probe may be lost on its way, and nobody sends it again
-        missing -= again(missing).open
     lines += [
-        f"{hosts[port.address].name}: {port} does not answer to {place.name}" for port in missing
+        f"{hosts[port.address].name}: {port} does not answer to {place.name}"
+        for port in wanted - found.open
     ]
     # Where the firewall drops by default nobody even hears that nobody listens.
     lines += [

@@ -33,6 +33,8 @@ def make(check: Check, context: Context) -> Result:
         if not isinstance(error, Failed):
             fresh.say(traceback.format_exc())
     seconds = time.monotonic() - started
+    if check.phase is not Phase.TOGETHER:
+        context.disturb()
     if status is Status.FAIL:
         context.keep_transcript(check.id, fresh.transcript)
     return Result(check.id, status, observed, seconds, tuple(fresh.notes))
