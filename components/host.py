@@ -18,7 +18,7 @@ from mailsite.model import Platform, Role
 from mailsite.secrets import required
 
 #: Roles that the platform builds, in the order of precedence for hosts with several.
-TIERS = (Role.SMTP_OUT, Role.SMTP_IN, Role.RSPAMD, Role.MAILDROP, Role.FRONTEND)
+TIERS = (Role.SMTP_OUT, Role.SMTP_IN, Role.RSPAMD, Role.MAILDROP, Role.WEBMAIL, Role.FRONTEND)
 
 _DIAL_SECONDS = 15
 

@@ -20,6 +20,7 @@ _PASSWORD_LENGTH = 32  # bcrypt reads 72 bytes, Rspamd 64
 
 
 _CERTIFICATE = "certificate/"
+_SASL_PASSWORD = "sasl-password/"  # noqa: S105 - a name
 
 
 class MissingSecretsError(ValueError):
@@ -78,6 +79,7 @@ class SecretStore(pulumi.ComponentResource):
             )
             if generated is not None:
                 self.sasl_passwords[user.name] = generated
+                self._put(secret_names.sasl_password(user.name), generated)
         for mailbox in args.platform.mailboxes.values():
             generated = self._login(
                 secret_names.mailbox_hash(mailbox.name), mailbox.password_hash, args.given, child
@@ -176,11 +178,22 @@ def _unknown() -> pulumi.Output[str]:
 def require(needed: Iterable[str], given: Mapping[str, pulumi.Output[str]]) -> None:
     """Make sure that the operator gave what the graph cannot generate.
 
-    A preview only warns, so that it works before the first certificate is there.
+    A preview only warns of certificates, so that it works before the first one is there.
 
     Raises:
-        MissingSecretsError: an update lacks a certificate.
+        MissingSecretsError: an update lacks a certificate; or a machine is to log in as a user
+            whose password was given as a hash alone.
     """
+    needed = tuple(needed)
+    for name in needed:
+        user = name.removeprefix(_SASL_PASSWORD)
+        hashed = secret_names.sasl_hash(user)
+        if name.startswith(_SASL_PASSWORD) and hashed in given and name not in given:
+            raise MissingSecretsError(
+                f"mail:secrets has {hashed!r}, a hash, and a machine of the platform logs in as"
+                f" {user}; give it the password too, run: pulumi config set --secret --path"
+                f" 'mail:secrets[\"{name}\"]', or remove the hash to have both generated"
+            )
     missing = sorted(
         name for name in set(needed) if name.startswith(_CERTIFICATE) and name not in given
     )

@@ -24,7 +24,7 @@ from mailsite.fragment import (
 )
 from mailsite.loader import Problem, SiteError
 from mailsite.model import Host, Platform, Role
-from mailsite.roles import base, frontend, maildrop, rspamd, smtp_in, smtp_out
+from mailsite.roles import base, frontend, maildrop, rspamd, smtp_in, smtp_out, webmail
 
 FORMAT = 1
 UNITS = "/etc/systemd/system/"
@@ -54,6 +54,7 @@ ROLES: Mapping[Role, Callable[[Platform, Host], Fragment]] = {
     Role.SMTP_IN: smtp_in.fragment,
     Role.RSPAMD: rspamd.fragment,
     Role.MAILDROP: maildrop.fragment,
+    Role.WEBMAIL: webmail.fragment,
     Role.FRONTEND: frontend.fragment,
 }
 

@@ -2,7 +2,7 @@
 
 The model says what one object may look like; here is what must be true of them together. Rules
 about mail that comes in are in :mod:`mailsite.inbound_rules`, those about mailboxes in
-:mod:`mailsite.mailbox_rules`.
+:mod:`mailsite.mailbox_rules`, those about webmail in :mod:`mailsite.webmail_rules`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import IPv4Network, ip_network
 from itertools import combinations
 
-from mailsite import inbound_rules, mailbox_rules
+from mailsite import inbound_rules, mailbox_rules, webmail_rules
 from mailsite.model import (
     Host,
     Interface,
@@ -66,9 +66,10 @@ def check(platform: Platform, incomplete: frozenset[str] = frozenset()) -> list[
     ``incomplete`` names parts (fields of :class:`Platform`) from which invalid objects were left
     out; rules that need them whole are not checked.
     """
+    books = (BOOK, inbound_rules.BOOK, mailbox_rules.BOOK, webmail_rules.BOOK)
     return [
         finding
-        for whole, function in (*BOOK.rules, *inbound_rules.BOOK.rules, *mailbox_rules.BOOK.rules)
+        for whole, function in (rule for book in books for rule in book.rules)
         if not whole & incomplete
         for finding in function(platform)
     ]

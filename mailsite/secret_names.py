@@ -13,6 +13,11 @@ def sasl_hash(user: str) -> str:
     return f"sasl/{user}"
 
 
+def sasl_password(user: str) -> str:
+    """The password of a SASL user that is a machine of ours, in one word."""
+    return f"sasl-password/{user}"
+
+
 def mailbox_hash(mailbox: str) -> str:
     """Dovecot hash of a mailbox's password, ``{SCHEME}...``."""
     return f"mailbox/{mailbox}"
@@ -56,3 +61,8 @@ def rspamd_controller_password() -> str:
 def rspamd_controller_hash() -> str:
     """Hash of the password that Rspamd's controller asks for, as ``rspamadm pw`` prints it."""
     return "rspamd/controller-hash"
+
+
+def roundcube_key() -> str:
+    """The key that Roundcube keeps the passwords of its sessions with: 32 letters and digits."""
+    return "roundcube/des-key"

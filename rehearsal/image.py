@@ -4,6 +4,7 @@
 - ``mail``: on ``base``, the packages of every tier, all services disabled
 - ``compiled``: on ``mail``, what Rspamd compiles when it first runs on a processor
 - ``world``: on ``base``, what plays the outside (:mod:`rehearsal.world`)
+- ``browser``: on ``base``, the browser that checks look at webmail with
 - ``aptrepo``: Debian's own signed package lists, and the packages that ``mail`` has beyond
   ``base``, so that the world can serve them to a bare host under Debian's names
 
@@ -68,6 +69,7 @@ BASE_PACKAGES: Sequence[str] = (
 it matches network cards by their permanent hardware address, which a virtual one has not."""
 
 MAIL_PACKAGES: Sequence[str] = (
+    "aspell-en",
     "ca-certificates",
     "dns-root-data",
     "dovecot-core",
@@ -81,15 +83,27 @@ MAIL_PACKAGES: Sequence[str] = (
     "opendkim",
     "opendkim-tools",
     "openssh-server",
+    "php8.4-fpm",
+    "php8.4-pspell",
+    "php8.4-zip",
     "postfix",
     "postfix-lmdb",
     "postsrsd",
     "redis-sentinel",
     "redis-server",
+    "roundcube-core",
+    "roundcube-plugins",
+    "roundcube-sqlite3",
     "rspamd",
     "unbound",
 )
 """The packages of every tier; :func:`mailsite.bundle.compose` must not name another."""
+
+BROWSER_PACKAGES: Sequence[str] = (
+    "chromium-headless-shell",
+    "fonts-dejavu-core",
+    "libnss3-tools",
+)
 
 _GO_PACKAGES: Sequence[str] = ("gcc", "golang-go", "libc6-dev")
 
@@ -247,6 +261,7 @@ class Layers:
     mail: tuple[Path, ...]
     world: tuple[Path, ...]
     aptrepo: Path
+    browser: tuple[Path, ...] = ()
 
 
 def ensure(progress: Progress, folder: Path | None = None) -> Layers:
@@ -303,6 +318,7 @@ class _Builder:
             "compiled", (recipe, sorted(MAIL_PACKAGES), _COMPILE_SCRIPT, _processor())
         )
         self._world = self._place("world", (recipe, sorted(WORLD_PACKAGES)))
+        self._browser = self._place("browser", (recipe, sorted(BROWSER_PACKAGES)))
         self._golang = self._place("golang", (recipe, sorted(_GO_PACKAGES)))
         self._aptrepo = self._place("aptrepo", (recipe, sorted(MAIL_PACKAGES)))
 
@@ -316,11 +332,12 @@ class _Builder:
             mail=(self._base, self._mail, self._compiled),
             world=(self._base, self._world),
             aptrepo=self._aptrepo,
+            browser=(self._base, self._browser),
         )
 
     def complete(self) -> bool:
-        layers = (self._base, self._mail, self._compiled, self._world, self._aptrepo)
-        return all(p.exists() for p in layers)
+        top = (self._mail, self._compiled, self._world, self._aptrepo, self._browser)
+        return all(p.exists() for p in (self._base, *top))
 
     def build(self) -> None:
         self._clean()
@@ -349,6 +366,11 @@ class _Builder:
             with self._progress.step(what), workshop(self._cache) as shop:
                 self._install(shop, WORLD_PACKAGES)
                 _publish(shop / "upper", self._world)
+        if not self._browser.exists():
+            what = "image layer browser: Chromium, to look at webmail"
+            with self._progress.step(what), workshop(self._cache) as shop:
+                self._install(shop, BROWSER_PACKAGES)
+                _publish(shop / "upper", self._browser)
 
     def build_golang(self) -> tuple[Path, ...]:
         self._clean()

@@ -16,7 +16,7 @@ from pathlib import Path
 import bcrypt
 
 from mailsite.model import Platform
-from mailsite.secret_names import mailbox_hash, sasl_hash
+from mailsite.secret_names import mailbox_hash, sasl_hash, sasl_password
 
 FILE = "passwords.json"
 
@@ -31,8 +31,9 @@ def rehearsal_passwords(state: Path, platform: Platform) -> dict[str, str]:
         platform: Whose users.
 
     Returns:
-        Secret name -> Dovecot hash (``sasl/<user>`` -> ``{BLF-CRYPT}$2b$...``), the same in
-        every call as long as the state folder lives.
+        Secret name -> Dovecot hash (``sasl/<user>`` -> ``{BLF-CRYPT}$2b$...``), and for logins
+        of the platform's own machines the password too; the same in every call as long as the
+        state folder lives.
     """
     path = state / FILE
     known = _read(path)
@@ -48,7 +49,11 @@ def rehearsal_passwords(state: Path, platform: Platform) -> dict[str, str]:
         }
     if missing:
         _write(path, known)
-    return {name: known[name]["hash"] for name in wanted}
+    found = {name: known[name]["hash"] for name in wanted}
+    if platform.webmail is not None:
+        user = platform.webmail.sasl_user
+        found[sasl_password(user)] = known[sasl_hash(user)]["password"]
+    return found
 
 
 def password_of(state: Path, user: str) -> str:

@@ -197,6 +197,7 @@ def test_a_file_that_cannot_be_read_is_told(site: Path) -> None:
 def test_yaml_1_2_words_are_texts(site: Path) -> None:
     """`no` and `on` are texts in YAML 1.2, and 1e1 is no login in disguise."""
     (site / "sasl_users.yaml").write_text("no: {description: on}\n1e1: {description: '12:30'}\n")
+    patch(site, {"file": "site.yaml", "replace": "sasl_user: webmail", "by": "sasl_user: no"})
     users = load_platform(site).sasl_users
     assert list(users) == ["no", "1e1"]
     assert users["no"].description == "on"

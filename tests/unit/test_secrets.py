@@ -72,9 +72,14 @@ def test_a_domain_that_stops_sending_needs_no_key() -> None:
     assert gone == {f"dkim/{name}/{domain.signing_key.selector}"}
 
 
-def test_a_frontend_needs_none() -> None:
-    assert required(PLATFORM, EDGE) == ()
-    assert compose_secrets(PLATFORM, EDGE, {}) == {}
+def test_a_frontend_needs_the_certificates_of_webmail_and_without_it_none() -> None:
+    names = (PLATFORM.names.webmail, PLATFORM.internal_name(Role.WEBMAIL))
+    assert set(required(PLATFORM, EDGE)) == {
+        secret for name in names for secret in (certificate_chain(name), certificate_key(name))
+    }
+    without = PLATFORM.model_copy(update={"webmail": None})
+    assert required(without, EDGE) == ()
+    assert compose_secrets(without, EDGE, {}) == {}
 
 
 def test_files_are_readable_by_their_daemons_alone() -> None:

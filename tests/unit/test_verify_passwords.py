@@ -22,6 +22,10 @@ def test_every_user_gets_a_hash_that_fits_the_password(tmp_path: Path) -> None:
     passwords |= {
         f"mailbox/{name}": mailbox_password(tmp_path, name) for name in platform.mailboxes
     }
+    # Webmail logs in by itself, so it is given the password.
+    assert platform.webmail is not None
+    user = platform.webmail.sasl_user
+    assert hashes.pop(f"sasl-password/{user}") == password_of(tmp_path, user)
     assert set(hashes) == set(passwords)
     for name, password in passwords.items():
         scheme, _, encoded = hashes[name].partition("}")
