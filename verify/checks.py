@@ -1,8 +1,18 @@
 """Every check of the project: importing this module registers them all."""
 
-from verify import change, host, mail_dns, maildrop, nginx_streams, rspamd, smtp_in, smtp_out
+from verify import (
+    change,
+    host,
+    mail_dns,
+    maildrop,
+    nginx_streams,
+    rspamd,
+    smtp_in,
+    smtp_out,
+    webmail,
+)
 from verify.registry import checks
 
-MODULES = (smtp_out, smtp_in, rspamd, maildrop, nginx_streams, mail_dns, host, change)
+MODULES = (smtp_out, smtp_in, rspamd, maildrop, webmail, nginx_streams, mail_dns, host, change)
 
 __all__ = ["MODULES", "checks"]
