@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from verify.browser import SECONDS
+from verify.registry import Failed
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import FrameLocator, Page
 
 
 class Roundcube:
@@ -41,6 +42,19 @@ class Roundcube:
     def _go(self, query: str) -> None:
         self._page.goto(f"{self._origin}/?{query}")
 
+    def _arrive(self, wanted: str) -> None:
+        """Wait for a part of a page.
+
+        Raises:
+            Failed: Roundcube says that something is wrong instead.
+        """
+        wrong = "#messagestack .error, #messagestack .alert-danger, #messagestack .warning"
+        self._page.wait_for_selector(f"{wanted}, {wrong}", state="attached")
+        told = self._page.locator(wrong)
+        if told.count():
+            self._shoot("wrong")
+            raise Failed(f"Roundcube says: {' '.join(told.all_inner_texts())}")
+
     def login(self, user: str, password: str) -> None:
         """From the login page to the list of mails."""
         page = self._page
@@ -49,7 +63,7 @@ class Roundcube:
         page.fill("#rcmloginuser", user)
         page.fill("#rcmloginpwd", password)
         page.click("#rcmloginsubmit")
-        page.wait_for_selector("#messagelist", state="attached")
+        self._arrive("#messagelist")
         self._shoot("2-mails")
 
     def setting(self, name: str) -> object:
@@ -82,26 +96,30 @@ class Roundcube:
         self._shoot("4-answer")
         page.click("#compose-content button.send, .formbuttons button.send")
         # Sent: the page that one came from.
-        page.wait_for_selector("#messagelist, #messagebody", state="attached")
+        self._arrive("#messagelist, #messagebody")
 
     def add_filter(self, name: str, word: str, folder: str) -> None:
         """Have mails with ``word`` in the subject filed in ``folder``."""
         page = self._page
         self._go("_task=settings&_action=plugin.managesieve")
         page.click("a.create:not(.disabled)")
-        form = page.frame_locator("#filter-box, iframe[id^=rcmframe], iframe[name^=rcmframe]")
+        form = self._form()
         form.locator("[name=_name]").fill(name)
-        form.locator("[name^='_rule_target']").first.fill(word)
+        form.locator(".multi-input input:visible").first.fill(word)
         form.locator("[name^='_action_type']").first.select_option("fileinto")
         form.locator("[name^='_action_mailbox']").first.select_option(folder)
         self._shoot("5-filter")
         form.locator("button.submit").click()
         page.locator("#filterslist tr", has_text=name).wait_for()
 
+    def _form(self) -> FrameLocator:
+        return self._page.frame_locator("#filter-box")
+
     def remove_filter(self, name: str) -> None:
         page = self._page
         self._go("_task=settings&_action=plugin.managesieve")
         page.locator("#filterslist tr", has_text=name).click()
+        self._form().locator(f"[name=_name][value='{name}']").wait_for()
         page.click("a.delete:not(.disabled)")
         page.click(".ui-dialog button.delete, .ui-dialog button.mainaction")
         page.locator("#filterslist tr", has_text=name).wait_for(state="detached")
