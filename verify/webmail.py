@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -386,7 +386,8 @@ def webmail_knows_whom_it_talks_to(ctx: Context) -> str:
     assert ctx.platform.webmail is not None
     login = ctx.platform.webmail.sasl_user
     owner = maildrop.owners(ctx)[0]
-    refused = sum(each(known, lambda host: _refuses_impostors(ctx, ctx.lab.machine(host), owner)))
+    wrong = [*_wrong_certificates(ctx)]
+    refused = sum(each(known, lambda host: refuses_impostors(ctx.lab.machine(host), owner, wrong)))
     recipient = f"{token_hex(8)}@{ctx.lab.world.domain('strict')}"
     sender = f"probe@{ctx.sending_domains[0]}"
     _connect(ctx.lab.machine(known[0]), owner, recipient=recipient, sender=sender)
@@ -402,12 +403,14 @@ def webmail_knows_whom_it_talks_to(ctx: Context) -> str:
     )
 
 
-def _refuses_impostors(ctx: Context, machine: LabMachine, owner: Owner) -> int:
+def refuses_impostors(
+    machine: LabMachine, owner: Owner, wrong: Iterable[tuple[str, str, str]]
+) -> int:
     """Roundcube on the host takes the real servers, and none with a wrong certificate."""
     for protocol, verdict in _connect(machine, owner).items():
         expect(verdict == "taken", f"{machine.name}: {protocol} with the real server: {verdict}")
     refused = 0
-    for what, chain, key in _wrong_certificates(ctx):
+    for what, chain, key in wrong:
         with _impostor(machine, chain, key) as heard:
             for protocol, verdict in _connect(machine, owner).items():
                 expect(verdict != "taken", f"{machine.name}: {protocol} takes a server with {what}")
@@ -452,7 +455,7 @@ def _impostor(machine: LabMachine, chain: str, key: str) -> Iterator[Callable[[]
 
     Yields a function that returns what the impostor wrote.
     """
-    unit, folder = "verify-impostor", "/run/verify-impostor"
+    folder, started = "/run/verify-impostor", ""
     ports = [f"{name}:{port + IMPOSTOR}" for name, port in PROTOCOLS.items()]
     rules = "\n".join(
         f"ip daddr 127.0.0.1 tcp dport {port} redirect to :{port + IMPOSTOR}"
@@ -462,9 +465,8 @@ def _impostor(machine: LabMachine, chain: str, key: str) -> Iterator[Callable[[]
     machine.run("tee", f"{folder}/server.py", input=(_HERE / "impostor.py").read_text("utf-8"))
     machine.run("tee", f"{folder}/server.pem", input=key + chain)
     try:
-        machine.run(
-            "systemd-run", "--quiet", f"--unit={unit}",
-            f"--property=StandardOutput=file:{folder}/out",
+        started = machine.run(
+            "sh", "-c", 'setsid "$@" >"$0" 2>&1 </dev/null & echo $!', f"{folder}/out",
             "python3", "-I", f"{folder}/server.py", f"{folder}/server.pem", *ports,
         )  # fmt: skip
 
@@ -481,8 +483,8 @@ def _impostor(machine: LabMachine, chain: str, key: str) -> Iterator[Callable[[]
         yield heard
     finally:
         machine.call("nft", "delete", "table", "ip", "verify_impostor")
-        machine.call("systemctl", "stop", unit)
-        machine.call("systemctl", "reset-failed", unit)
+        if started:
+            machine.call("kill", started.strip())
         machine.run("rm", "-rf", folder)
 
 

@@ -57,7 +57,7 @@ def test_servers_whose_name_is_not_verified_turn_web_4_red(platform_up: Context)
     last = platform_up.platform.members(Role.WEBMAIL)[-1]
     trusting = edit(webmail.CONFIG, "s/'verify_peer_name' => true/'verify_peer_name' => false/")
     with changed_by_hand(platform_up, last, trusting, restart=FPM):
-        expect_red(platform_up, "WEB-4", "(imap|smtp) takes a server with a certificate for an")
+        expect_red(platform_up, "WEB-4", "(imap|smtp) tells a server with a certificate for an")
     expect_green(platform_up, "WEB-4")
 
 
@@ -67,7 +67,7 @@ def test_filters_on_a_server_that_is_not_verified_turn_web_4_red(platform_up: Co
         webmail.SIEVE_CONFIG, "s/'verify_peer(_name)?' => true/'verify_peer\\1' => false/"
     )
     with changed_by_hand(platform_up, first, trusting, restart=FPM):
-        expect_red(platform_up, "WEB-4", "sieve takes a server with")
+        expect_red(platform_up, "WEB-4", "sieve tells a server with")
 
 
 def test_a_way_without_backups_turns_web_5_red(platform_up: Context) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -29,8 +30,11 @@ from tests.render.conftest import all_files
 from tests.render.image import _ENTER, Image
 from tests.render.test_maildrop import PASSWORD, replica, site
 from verify import browser
+from verify import webmail as checks
 from verify.client import Client
 from verify.context import eventually, expect
+from verify.lab import LabMachine
+from verify.maildrop import Owner
 from verify.registry import Failed
 from verify.roundcube import Roundcube
 
@@ -148,7 +152,10 @@ while True:
             sys.exit(f"{error}\n{open('/tmp/daemons').read()}")
         time.sleep(0.1)
 print("ready", flush=True)
-sys.stdin.read()
+for line in sys.stdin:
+    asked = json.loads(line)
+    done = subprocess.run(asked["argv"], input=asked["input"], capture_output=True, text=True)
+    print(json.dumps([done.returncode, done.stdout, done.stderr]), flush=True)
 for daemon in daemons:
     daemon.kill()
 """
@@ -159,8 +166,27 @@ class Machine:
     """The machine while it runs. ``folder``: what it wrote lies below."""
 
     client: Client
-    authority: str
+    authority: Authority
     folder: Path
+    process: subprocess.Popen[str]
+    name: str = "the machine"
+
+    def call(
+        self, *argv: str, input: str | bytes | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command there, as checks do on a host of a rehearsal."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        words = input.decode() if isinstance(input, bytes) else input
+        self.process.stdin.write(json.dumps({"argv": argv, "input": words or ""}) + "\n")
+        self.process.stdin.flush()
+        status, out, err = json.loads(self.process.stdout.readline())
+        return subprocess.CompletedProcess(argv, status, out, err)
+
+    def run(self, *argv: str, input: str | bytes | None = None) -> str:
+        done = self.call(*argv, input=input)
+        if done.returncode:
+            raise Failed(f"{argv}: {done.stdout}{done.stderr}")
+        return done.stdout
 
     def sent(self) -> list[tuple[list[str], str, list[str], str]]:
         """Each mail that was submitted: login and password, sender, recipients, text."""
@@ -240,7 +266,7 @@ def running(image: Image, platform: Platform, folder: Path) -> Iterator[Machine]
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
             place = f"/proc/{children.split()[0]}/ns/net"
             client = Client("the machine", partial(network.enter, place))
-            yield Machine(client, authority.root_pem, top / "upper")
+            yield Machine(client, authority, top / "upper", process)
         finally:
             process.stdin.close()
             process.wait(timeout=30)
@@ -255,7 +281,7 @@ def visit(machine: Machine, platform: Platform) -> Iterator[Roundcube]:
         with browser.opened(
             machine.client,
             layers=layers.ensure(Progress(quiet=True)).browser,
-            authorities=[machine.authority],
+            authorities=[machine.authority.root_pem],
             resolver="127.0.0.1",
             names={name: "127.0.0.1"},
         ) as page:
@@ -314,3 +340,37 @@ def test_a_wrong_password_opens_nothing(machine: Machine) -> None:
         visit(machine, site()) as rc,
     ):
         rc.login("plain", "wrong")
+
+
+def wrong_certificates(authority: Authority, names: list[str]) -> list[tuple[str, str, str]]:
+    """As :meth:`verify.lab.Lab.wrong_certificates`."""
+    found = []
+    for name in names:
+        other, own = authority.issue([f"not-{name}"]), authority.self_signed([name])
+        found.append((f"another name than {name}", other.chain, other.key))
+        found.append((f"{name}, self-signed", own.chain, own.key))
+    return found
+
+
+def test_servers_that_cannot_prove_their_name_are_told_nothing(machine: Machine) -> None:
+    platform = site()
+    names = [platform.webmail_backend, platform.names.smtp_out]
+    wrong = wrong_certificates(machine.authority, names)
+    owner = Owner("plain", PASSWORD)
+    assert checks.refuses_impostors(cast(LabMachine, machine), owner, wrong) == 3 * len(wrong)
+
+
+@pytest.mark.parametrize(
+    ("path", "protocol"), [(webmail.CONFIG, "imap|smtp"), (webmail.SIEVE_CONFIG, "sieve")]
+)
+def test_a_configuration_that_does_not_ask_for_the_name_is_seen(
+    machine: Machine, path: str, protocol: str
+) -> None:
+    wrong = wrong_certificates(machine.authority, [site().webmail_backend])
+    kept = machine.run("cat", path)
+    try:
+        machine.run("tee", path, input=kept.replace("_name' => true", "_name' => false"))
+        with pytest.raises(Failed, match=f"({protocol}) tells a server with another name"):
+            checks.refuses_impostors(cast(LabMachine, machine), Owner("plain", PASSWORD), wrong)
+    finally:
+        machine.run("tee", path, input=kept)
