@@ -19,6 +19,7 @@ from components.settings import Settings
 from components.smtp_in import SmtpInCluster
 from components.smtp_out import SmtpOutCluster
 from components.vm import Hypervisors, HypervisorsArgs
+from components.webmail import Webmail
 from mailsite.records import Stage, ptr_text, static_records
 
 # Everything that can be wrong is found here, before anything is registered or contacted.
@@ -57,11 +58,13 @@ policy = dns(Stage.POLICY, after=[])
 rspamd = RspamdCluster("rspamd", cluster(after=names.done))
 
 # A user submits to a frontend, which passes the stream on to smtp-out, which signs and delivers,
-# and reads mail through one, at a replica of the mailboxes. A frontend is healthy only if they
-# answer through it, so they come first.
+# and reads mail through one, at a replica of the mailboxes, or in a browser, by way of webmail. A
+# frontend is healthy only if they answer through it, so they come first.
 smtp_out = SmtpOutCluster("smtp-out", cluster(after=[*names.done, *policy.done]))
 maildrop = MaildropPair("maildrop", cluster(after=names.done))
-frontends = NginxStreams("nginx-streams", cluster(after=[*smtp_out.done, *maildrop.done]))
+webmail = Webmail("webmail", cluster(after=[*smtp_out.done, *maildrop.done]))
+behind = [*smtp_out.done, *maildrop.done, *webmail.done]
+frontends = NginxStreams("nginx-streams", cluster(after=behind))
 
 # Other people's servers bring mail to smtp-in, which forwards it or leads it to the mailboxes.
 smtp_in = SmtpInCluster("smtp-in", cluster(after=[*names.done, *policy.done]))
@@ -71,7 +74,7 @@ clients = NullClients("null-clients", cluster(after=[*names.done, *smtp_out.done
 
 # The public names of the services lead somewhere only once there is somebody to answer; last of
 # all the mail of the domains is led here.
-everyone = [*rspamd.done, *smtp_out.done, *maildrop.done, *frontends.done, *smtp_in.done]
+everyone = [*rspamd.done, *behind, *frontends.done, *smtp_in.done]
 services = dns(Stage.SERVICE, after=everyone)
 dns(Stage.MX, after=[*everyone, *services.done])
 

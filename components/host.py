@@ -18,7 +18,7 @@ from mailsite.model import Host as SiteHost
 
 #: Roles that the platform builds, in the order of precedence for hosts with several.
 TIERS = (
-    *(Role.SMTP_OUT, Role.SMTP_IN, Role.RSPAMD, Role.MAILDROP, Role.FRONTEND),
+    *(Role.SMTP_OUT, Role.SMTP_IN, Role.RSPAMD, Role.MAILDROP, Role.WEBMAIL, Role.FRONTEND),
     *CLIENT_ROLES,
 )
 

@@ -181,18 +181,19 @@ def require(needed: Iterable[str], given: Mapping[str, pulumi.Output[str]]) -> N
     A preview only warns of certificates, so that it works before the first one is there.
 
     Raises:
-        MissingSecretsError: an update lacks a certificate; or a machine is to log in as a user
-            whose password was given as a hash alone.
+        MissingSecretsError: an update lacks a certificate; or of the login of a machine only one
+            of password and hash was given.
     """
     needed = tuple(needed)
-    for name in needed:
+    for name in (n for n in needed if n.startswith(_SASL_PASSWORD)):
         user = name.removeprefix(_SASL_PASSWORD)
-        hashed = secret_names.sasl_hash(user)
-        if name.startswith(_SASL_PASSWORD) and hashed in given and name not in given:
+        both = (name, secret_names.sasl_hash(user))
+        absent = [part for part in both if part not in given]
+        if len(absent) == 1:
             raise MissingSecretsError(
-                f"mail:secrets has {hashed!r}, a hash, and a machine of the platform logs in as"
-                f" {user}; give it the password too, run: pulumi config set --secret --path"
-                f" 'mail:secrets[\"{name}\"]', or remove the hash to have both generated"
+                f"a machine of the platform logs in as {user}, and mail:secrets has one alone of"
+                " password and hash; give the other one too, run: pulumi config set --secret --path"
+                f" 'mail:secrets[\"{absent[0]}\"]', or remove both to have them generated"
             )
     missing = sorted(
         name for name in set(needed) if name.startswith(_CERTIFICATE) and name not in given

@@ -21,7 +21,7 @@ from mailsite.model import Platform
 _ZONE_ID = re.compile(r"[0-9a-f]{32}")
 _SECRET_NAME = re.compile(
     r"(dkim/[^/]+/[^/]+|(sasl|sasl-password|mailbox)/[^/]+|ssh-host-key/[^/]+|srs/[^/]+"
-    r"|redis/password|rspamd/controller-password|pairsync/secret)"
+    r"|redis/password|rspamd/controller-password|pairsync/secret|roundcube/des-key)"
 )
 #: Those that go into configuration files as they are.
 _WORD = re.compile(r"(srs/.*|redis/password|rspamd/controller-password|pairsync/secret)")
@@ -167,7 +167,7 @@ def _secrets(config: pulumi.Config) -> Mapping[str, pulumi.Output[str]]:
                 f"mail:secrets: {name!r} is no secret of the platform; write"
                 " 'dkim/<domain>/<selector>', 'sasl/<user>', 'mailbox/<name>', 'srs/<key>',"
                 " 'ssh-host-key/<host>', 'sasl-password/<user>', 'redis/password',"
-                " 'rspamd/controller-password' or 'pairsync/secret'"
+                " 'rspamd/controller-password', 'pairsync/secret' or 'roundcube/des-key'"
             )
         if not isinstance(value, str) or not value.strip():
             raise SettingsError(f"mail:secrets: {name} is no text; set it with --secret --path")
@@ -180,6 +180,11 @@ def _secrets(config: pulumi.Config) -> Mapping[str, pulumi.Output[str]]:
             raise SettingsError(
                 f"mail:secrets: {name} is no password of 16 to 64 letters, digits, dashes and"
                 " underscores; write the output of: openssl rand -hex 16"
+            )
+        if name == "roundcube/des-key" and not re.fullmatch(r"[A-Za-z0-9]{32}", value):
+            raise SettingsError(
+                f"mail:secrets: {name} is no key of 32 letters and digits; write the output of:"
+                " openssl rand -hex 16"
             )
         if _WORD.fullmatch(name) and not re.fullmatch(r"[A-Za-z0-9]{32,64}", value):
             raise SettingsError(

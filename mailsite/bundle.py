@@ -33,6 +33,7 @@ from mailsite.roles import (
     smtp_in,
     smtp_out,
     upgrades,
+    webmail,
 )
 
 FORMAT = 1
@@ -63,6 +64,7 @@ ROLES: Mapping[Role, Callable[[Platform, Host], Fragment]] = {
     Role.SMTP_IN: smtp_in.fragment,
     Role.RSPAMD: rspamd.fragment,
     Role.MAILDROP: maildrop.fragment,
+    Role.WEBMAIL: webmail.fragment,
     Role.FRONTEND: frontend.fragment,
 }
 

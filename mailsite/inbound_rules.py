@@ -82,7 +82,7 @@ def smtp_in_faces_the_internet(platform: Platform) -> Iterator[Finding]:
 
 @rule("internal_domain")
 def hosts_leave_the_names_of_tiers_alone(platform: Platform) -> Iterator[Finding]:
-    roles = (Role.SMTP_OUT, Role.RSPAMD, Role.MAILDROP)
+    roles = (Role.SMTP_OUT, Role.RSPAMD, Role.MAILDROP, Role.WEBMAIL)
     taken = {platform.internal_name(role): role for role in roles}
     taken[platform.webmail_backend] = Role.MAILDROP
     for name, role in taken.items():

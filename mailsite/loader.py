@@ -59,6 +59,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
         "inbound",
         "spam",
         "maildrop",
+        "webmail",
         "management",
         "upgrades",
         "probe",

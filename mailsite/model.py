@@ -819,6 +819,17 @@ class Upgrades(Frozen):
     reboot: bool = False
 
 
+class Webmail(Frozen):
+    """Webmail, for the networks of ``networks`` alone; others are led to the home page.
+
+    It sends the mail of all its users with one login of submission, ``sasl_user``. The first of
+    its hosts serves, and the next one while it is away.
+    """
+
+    sasl_user: str
+    networks: tuple[Prefix, ...] = Field(min_length=1)
+
+
 class Management(Frozen):
     """Who may reach ssh: the networks of the operators."""
 
@@ -888,6 +899,7 @@ class Platform(Frozen):
     maildrop: Maildrop | None = Field(
         default=None, description="None: the platform has no mailboxes"
     )
+    webmail: Webmail | None = Field(default=None, description="None: the platform has no webmail")
     management: Management
     upgrades: Upgrades = Upgrades()
     probe: Probe | None = None
@@ -942,6 +954,11 @@ class Platform(Frozen):
     def webmail_backend(self) -> str:
         """The name that webmail knows the mailboxes by: both replicas, without a preference."""
         return f"{Role.MAILDROP}0.{self.internal_domain}"
+
+    @property
+    def webmail_aliases(self) -> tuple[str, str]:
+        """Names that lead to webmail's own: the one inside the platform, and without a domain."""
+        return (self.internal_name(Role.WEBMAIL), Role.WEBMAIL.value)
 
     @property
     def replicas(self) -> tuple[Host, ...]:

@@ -398,6 +398,7 @@ def static_records(platform: Platform) -> tuple[Record, ...]:
         *_service_records(platform, zone_map),
         *_inbound_records(platform, zone_map),
         *_maildrop_records(platform, zone_map),
+        *_webmail_records(platform, zone_map),
     )
     check(found)
     return found
@@ -618,6 +619,24 @@ def _maildrop_records(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]
             why="IMAP (993) and ManageSieve (4190) enter through the frontends",
             stage=Stage.SERVICE,
         )
+
+
+def _webmail_records(platform: Platform, zone_map: ZoneMap) -> Iterator[Record]:
+    """What leads browsers to webmail: its public name, and its name inside the platform."""
+    if platform.webmail is None or not platform.members(Role.WEBMAIL):
+        return
+    names = platform.names
+    for name in (names.webmail, platform.internal_name(Role.WEBMAIL)):
+        if name != names.frontend:
+            yield Record(
+                zone=zone_map.of(name, "name of webmail"),
+                name=name,
+                type=RecordType.CNAME,
+                ttl=TTL_MEMBERS,
+                content=names.frontend,
+                why="Webmail enters through the frontends",
+                stage=Stage.SERVICE,
+            )
 
 
 def _mx(platform: Platform, zone: str, name: str, why: str) -> Record:

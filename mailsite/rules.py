@@ -2,8 +2,8 @@
 
 The model says what one object may look like; here is what must be true of them together. Rules
 about mail that comes in are in :mod:`mailsite.inbound_rules`, those about mailboxes in
-:mod:`mailsite.mailbox_rules`, those about the machines' own mail in
-:mod:`mailsite.client_rules`.
+:mod:`mailsite.mailbox_rules`, those about webmail in :mod:`mailsite.webmail_rules`, those about
+the machines' own mail in :mod:`mailsite.client_rules`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import IPv4Network, ip_network
 from itertools import combinations
 
-from mailsite import client_rules, inbound_rules, mailbox_rules
+from mailsite import client_rules, inbound_rules, mailbox_rules, webmail_rules
 from mailsite.model import (
     Host,
     Interface,
@@ -67,7 +67,10 @@ def check(platform: Platform, incomplete: frozenset[str] = frozenset()) -> list[
     ``incomplete`` names parts (fields of :class:`Platform`) from which invalid objects were left
     out; rules that need them whole are not checked.
     """
-    books = (BOOK, inbound_rules.BOOK, mailbox_rules.BOOK, client_rules.BOOK)
+    books = (
+        *(BOOK, inbound_rules.BOOK, mailbox_rules.BOOK),
+        *(webmail_rules.BOOK, client_rules.BOOK),
+    )
     return [
         finding
         for whole, function in (rule for book in books for rule in book.rules)

@@ -61,3 +61,8 @@ def rspamd_controller_password() -> str:
 def rspamd_controller_hash() -> str:
     """Hash of the password that Rspamd's controller asks for, as ``rspamadm pw`` prints it."""
     return "rspamd/controller-hash"
+
+
+def roundcube_key() -> str:
+    """The key that Roundcube keeps the passwords of its sessions with: 32 letters and digits."""
+    return "roundcube/des-key"

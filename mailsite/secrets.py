@@ -3,7 +3,7 @@
 Names are plain strings: ``dkim/<domain>/<selector>``, ``sasl/<user>``,
 ``certificate/<fqdn>/chain``, ``certificate/<fqdn>/key``, ``ssh-host-key/<host>``, ``srs/<key>``,
 ``redis/password``, ``rspamd/controller-hash``, ``rspamd/controller-password``,
-``mailbox/<name>``, ``pairsync/secret`` and ``sasl-password/<user>``.
+``mailbox/<name>``, ``pairsync/secret``, ``sasl-password/<user>`` and ``roundcube/des-key``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mailsite.secret_names import (
     mailbox_hash,
     pairsync_secret,
     redis_password,
+    roundcube_key,
     rspamd_controller_hash,
     rspamd_controller_password,
     sasl_hash,
@@ -33,6 +34,7 @@ __all__ = [
     "pairsync_secret",
     "redis_password",
     "required",
+    "roundcube_key",
     "rspamd_controller_hash",
     "rspamd_controller_password",
     "sasl_hash",

@@ -80,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     made = add("mail", _mail, "list what arrived at the remote mail servers, or print one mail")
     made.add_argument("server", nargs="?", help="a server of the world, such as strict")
     made.add_argument("id", nargs="?", help="the mail to print")
+    made = add("open", _open, "serve the webmail of the sealed network on a loopback port")
+    made.add_argument("--port", type=int, default=8443, help="the port (8443)")
     add("preview", _preview, "print what up would change: file by file, line by line")
     made = add("pulumi", _pulumi, "run the plain command line on the rehearsal's stack")
     made.add_argument("words", nargs=argparse.REMAINDER, help="such as: stack export")
@@ -256,6 +258,33 @@ def _mail(options: argparse.Namespace, progress: Progress) -> int:
                 return 0
     if options.id is not None:
         raise RehearsalError(f"{options.server} has no mail {options.id}", "see: ... mail")
+    return 0
+
+
+def _open(options: argparse.Namespace, progress: Progress) -> int:
+    from rehearsal import door, platform_up
+    from verify.passwords import mailbox_password
+
+    tools.require_root()
+    state = State()
+    platform = platform_up.current(state).platform(state.world_overlay)
+    way = door.Door(platform, state)
+    boxes = [box.name for box in platform.mailboxes.values() if not box.suspended]
+    try:
+        server = door.Server(way.connect, way.name, options.port)
+    except OSError as error:
+        raise RehearsalError(
+            f"port {options.port}: {error.strerror}", "choose another one with --port"
+        ) from None
+    with server:
+        print(f"{way.name} of the rehearsal: {server.address}")
+        for box in boxes:
+            print(f"  login {box}, password {mailbox_password(state.root, box)}")
+        print("Ctrl-C closes it.", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
     return 0
 
 

@@ -5,6 +5,7 @@
 - ``compiled``: on ``mail``, what Rspamd compiles when it first runs on a processor
 - ``postfix`` and ``opensmtpd``: on ``mail``, the one or the other, for they exclude each other
 - ``world``: on ``base``, what plays the outside (:mod:`rehearsal.world`)
+- ``browser``: on ``base``, the browser that checks look at webmail with
 - ``aptrepo``: Debian's own signed package lists, and the packages that these layers have beyond
   ``base``, so that the world can serve them to a bare host under Debian's names
 
@@ -69,6 +70,7 @@ BASE_PACKAGES: Sequence[str] = (
 it matches network cards by their permanent hardware address, which a virtual one has not."""
 
 MAIL_PACKAGES: Sequence[str] = (
+    "aspell-en",
     "ca-certificates",
     "dns-root-data",
     "dovecot-core",
@@ -82,9 +84,15 @@ MAIL_PACKAGES: Sequence[str] = (
     "opendkim",
     "opendkim-tools",
     "openssh-server",
+    "php8.4-fpm",
+    "php8.4-pspell",
+    "php8.4-zip",
     "postsrsd",
     "redis-sentinel",
     "redis-server",
+    "roundcube-core",
+    "roundcube-plugins",
+    "roundcube-sqlite3",
     "rspamd",
     "systemd-timesyncd",
     "unattended-upgrades",
@@ -95,6 +103,12 @@ one mail server."""
 
 POSTFIX_PACKAGES: Sequence[str] = ("libsasl2-modules", "postfix", "postfix-lmdb")
 OPENSMTPD_PACKAGES: Sequence[str] = ("opensmtpd",)
+
+BROWSER_PACKAGES: Sequence[str] = (
+    "chromium-headless-shell",
+    "fonts-dejavu-core",
+    "libnss3-tools",
+)
 
 _GO_PACKAGES: Sequence[str] = ("gcc", "golang-go", "libc6-dev")
 
@@ -253,6 +267,7 @@ class Layers:
     opensmtpd: tuple[Path, ...]
     world: tuple[Path, ...]
     aptrepo: Path
+    browser: tuple[Path, ...] = ()
 
     def of(self, packages: Iterable[str]) -> tuple[Path, ...]:
         """The layers of a machine that is to have ``packages``: those with its mail server."""
@@ -318,6 +333,7 @@ class _Builder:
             for name, packages in mta.items()
         }
         self._world = self._place("world", (recipe, sorted(WORLD_PACKAGES)))
+        self._browser = self._place("browser", (recipe, sorted(BROWSER_PACKAGES)))
         self._golang = self._place("golang", (recipe, sorted(_GO_PACKAGES)))
         served = sorted((*MAIL_PACKAGES, *POSTFIX_PACKAGES, *OPENSMTPD_PACKAGES))
         self._aptrepo = self._place("aptrepo", (recipe, served))
@@ -333,11 +349,12 @@ class _Builder:
             opensmtpd=(self._base, self._mail, self._compiled, self._mta["opensmtpd"]),
             world=(self._base, self._world),
             aptrepo=self._aptrepo,
+            browser=(self._base, self._browser),
         )
 
     def complete(self) -> bool:
         layers = (
-            *(self._base, self._mail, self._compiled, self._world, self._aptrepo),
+            *(self._base, self._mail, self._compiled, self._world, self._aptrepo, self._browser),
             *self._mta.values(),
         )
         return all(p.exists() for p in layers)
@@ -364,6 +381,11 @@ class _Builder:
             with self._progress.step(what), workshop(self._cache) as shop:
                 self._install(shop, WORLD_PACKAGES, (self._base,))
                 _publish(shop / "upper", self._world)
+        if not self._browser.exists():
+            what = "image layer browser: Chromium, to look at webmail"
+            with self._progress.step(what), workshop(self._cache) as shop:
+                self._install(shop, BROWSER_PACKAGES, (self._base,))
+                _publish(shop / "upper", self._browser)
 
     def _build_mail(self) -> None:
         """The layers of the packages, and the mirror that has them all: of one and the same day."""

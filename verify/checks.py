@@ -10,6 +10,7 @@ from verify import (
     rspamd,
     smtp_in,
     smtp_out,
+    webmail,
 )
 from verify.registry import checks
 
@@ -18,6 +19,7 @@ MODULES = (
     smtp_in,
     rspamd,
     maildrop,
+    webmail,
     nginx_streams,
     null_clients,
     mail_dns,

@@ -12,7 +12,8 @@ import dns.rcode
 
 from mailsite.bundle import compose
 from mailsite.model import Host, Role
-from verify import addresses, host_state, maildrop, reachability, smtp_in
+from mailsite.roles import webmail as webmail_role
+from verify import addresses, host_state, maildrop, reachability, smtp_in, webmail
 from verify.client import Client
 from verify.context import Context, each, eventually, expect
 from verify.lab import AGENT, LabMachine, RemoteSender
@@ -377,7 +378,33 @@ class Mailboxes(Tier):
         maildrop.await_equal(ctx, owner, complete, time.monotonic())
 
 
-TIERS: tuple[Tier, ...] = (Outbound(), Inbound(), Filter(), Mailboxes())
+class Webmail(Tier):
+    """What its users set is still there, and it shows its page."""
+
+    role = Role.WEBMAIL
+    packages = frozenset({"roundcube-core", webmail_role.FPM, "nginx"})
+
+    def leave(self, ctx: Context, member: Host) -> str:
+        token = secrets.token_hex(16)
+        self._ask(ctx, member, f"insert into system values ('verify-{token}', 'kept')")
+        return token
+
+    def find(self, ctx: Context, member: Host, left: str) -> None:
+        kept = self._ask(ctx, member, f"select value from system where name = 'verify-{left}'")
+        expect(kept == "kept", f"{member.name}: Roundcube's database is not the one of before")
+        self._ask(ctx, member, f"delete from system where name = 'verify-{left}'")
+        client = ctx.lab.machine(ctx.frontends[0]).observer.client()
+        for address in ctx.internal(member):
+            webmail.expect_page(ctx, client, address, member.name)
+
+    @staticmethod
+    def _ask(ctx: Context, member: Host, statement: str) -> str:
+        database = f"{webmail_role.DATA}/roundcube.sqlite"
+        argv = ("runuser", "-u", "www-data", "--", "sqlite3", "-cmd", ".timeout 5000", database)
+        return ctx.lab.machine(member).run(*argv, statement).strip()
+
+
+TIERS: tuple[Tier, ...] = (Outbound(), Inbound(), Filter(), Mailboxes(), Webmail())
 
 
 @check("HOST-5", disruptive=True)

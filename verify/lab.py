@@ -329,6 +329,7 @@ class LabMachine:
         self.host = host
         self.name = host.name
         self._platform = platform
+        self._staged = ""
         self._state = state
 
     @cached_property
@@ -381,6 +382,11 @@ class LabMachine:
         argv = [AGENT, "apply"]
         digest = self.active_secrets()
         if digest:
+            self._staged = self.run("cat", f"/var/lib/mail-agent/secrets/{digest}.json")
+        if bundle.secret_files:
+            if not digest:  # the agent forgot them with a bundle that had none
+                self.run(AGENT, "stage-secrets", input=self._staged)
+                digest = str(json.loads(self._staged)["digest"])
             argv += ["--secrets", digest]
         done = self.call(*argv, input=bundle.public_json())
         if done.returncode != 0:

@@ -112,6 +112,11 @@ class Session:
                 found[name[1].decode()] = line.rstrip().upper().endswith(b"ACTIVE")
         return found
 
+    def get(self, name: str) -> str:
+        """The text of a script."""
+        reply = self._expect_ok(f"GETSCRIPT {name!r}", self.command(f'GETSCRIPT "{name}"'))
+        return b"".join(reply.lines).decode("utf-8", "replace")
+
     def command(self, line: str, literal: bytes | None = None) -> Reply:
         """Send a command. Returns the reply.
 

@@ -1,4 +1,7 @@
-"""frontend: NGINX streams that lead clients from the internet to the clusters inside."""
+"""frontend: NGINX leads clients from the internet to the clusters inside.
+
+Mail clients by streams that it does not look into, browsers by https of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 from mailsite.fragment import (
     Check,
     CommandHealth,
+    File,
     Fragment,
     PortRule,
     Service,
@@ -17,6 +21,8 @@ from mailsite.fragment import (
 )
 from mailsite.loader import Problem, SiteError
 from mailsite.model import Host, IPAddress, IPNetwork, Platform, Role
+from mailsite.roles import webmail
+from mailsite.roles.base import CA_BUNDLE
 from mailsite.roles.dovecot import (
     IMAPS,
     MANAGESIEVE,
@@ -24,9 +30,13 @@ from mailsite.roles.dovecot import (
     PROXIED_MANAGESIEVE,
     greets,
 )
+from mailsite.roles.postfix import certificate_check, certificate_file, certificate_path
 from mailsite.roles.smtp_out import PROXIED_SUBMISSION, SUBMISSION
 
 ROLE = Role.FRONTEND.value
+HTTP = 80
+#: What the machine has no other place for: it stays the operator's.
+AUTHORITIES = "/etc/mail-platform/authorities.pem"
 
 
 @dataclass(frozen=True)
@@ -142,15 +152,27 @@ def fragment(platform: Platform, host: Host) -> Fragment:
         )
     )
     mailboxes = [stream for stream in served if stream.port == IMAPS]
+    pages = _webmail(platform, host)
+    # Where NGINX reads what it must be told of.
+    watched = ["/etc/nginx/"]
+    watched += ["/etc/certs/"] if pages.secret_files else []
+    watched += [AUTHORITIES] if AUTHORITIES in pages.files else []
     return Fragment(
         role=ROLE,
-        files=files,
-        ports=tuple(PortRule(stream.port, stream.networks, stream.why) for stream in served),
+        files=files | dict(pages.files),
+        secret_files=pages.secret_files,
+        ports=(
+            *(PortRule(stream.port, stream.networks, stream.why) for stream in served),
+            *pages.ports,
+        ),
         packages=("libnginx-mod-stream", "nginx"),
-        checks=(Check("nginx", ("nginx", "-t", "-q"), ("/etc/nginx/",)),),
+        checks=(Check("nginx", ("nginx", "-t", "-q"), ("/etc/nginx/",)), *pages.checks),
         services=(
             Service(
-                "nginx.service", reload_on=("/etc/nginx/",), order=40, foreign=not host.is_managed
+                "nginx.service",
+                reload_on=tuple(watched),
+                order=40,
+                foreign=not host.is_managed,
             ),
         ),
         health=(
@@ -163,7 +185,45 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 for stream in mailboxes
                 for address in ("127.0.0.1", "::1")
             ),
+            *pages.health,
         ),
+    )
+
+
+def _webmail(platform: Platform, host: Host) -> Fragment:
+    """The way to webmail, where the platform has it: redirects, and https to its hosts."""
+    members = platform.members(Role.WEBMAIL)
+    if platform.webmail is None or not members:
+        return Fragment(role=ROLE)
+    name = platform.names.webmail
+    inside, short = platform.webmail_aliases
+    certificates = {fqdn: certificate_path(fqdn) for fqdn in (name, inside)}
+    given = platform.world.ca_certificates if not host.is_managed else ()
+    authorities = {AUTHORITIES: File(content="".join(f"{pem.strip()}\n" for pem in given))}
+    path, file = templated(
+        # Behind the operator's: a request that is for nobody is answered by the first one.
+        "frontend/etc/nginx/sites-enabled/zz-webmail.conf.j2",
+        name=name,
+        inside=inside,
+        short=short,
+        certificates=certificates,
+        networks=platform.webmail.networks,
+        home_page=platform.home_page,
+        servers=_servers(platform, members, webmail.HTTPS),
+        source=platform.internal_leg(host).ipv4,
+        authorities=AUTHORITIES if given else CA_BUNDLE,
+        limit=platform.outbound.message_size_limit,
+    )
+    return Fragment(
+        role=ROLE,
+        files={path: file, **(authorities if given else {})},
+        secret_files={path: certificate_file(fqdn) for fqdn, path in certificates.items()},
+        ports=(
+            PortRule(HTTP, None, "http: leads to https"),
+            PortRule(webmail.HTTPS, None, "https: webmail"),
+        ),
+        checks=tuple(certificate_check(path) for path in certificates.values()),
+        health=(webmail.shows("127.0.0.1", name), webmail.shows("::1", name)),
     )
 
 

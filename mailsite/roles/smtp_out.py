@@ -36,6 +36,7 @@ from mailsite.roles.postfix import (
     certificate_path,
     checks,
     filter_relay,
+    in_list,
     postfix_service,
     queue_files,
     queue_health,
@@ -152,6 +153,10 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 internal_domain=platform.internal_domain,
                 certificate=certificate,
                 limits=outbound.limits,
+                webmail=[
+                    in_list(source.network_address)
+                    for source in internal_networks(platform, Role.WEBMAIL)
+                ],
                 message_size_limit=outbound.message_size_limit,
                 header_size_limit=outbound.header_size_limit,
                 tls=outbound.tls.value,

@@ -51,7 +51,8 @@ def fragment(platform: Platform, host: Host) -> Fragment:
 
 def hour(platform: Platform, host: Host) -> int:
     """The hour of ``host``, UTC: the members of a cluster one after the other."""
-    members = [name for name, h in platform.hosts.items() if host.main_role in h.roles]
+    everyone = (platform.hosts | {host.name: host}).values()
+    members = [h.name for h in everyone if host.main_role in h.roles]
     number = members.index(host.name)
     return (platform.upgrades.hour + number) % 24
 

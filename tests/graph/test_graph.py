@@ -34,7 +34,14 @@ from .graph import (
     build,
 )
 
-CLUSTERS = (Role.RSPAMD, Role.SMTP_OUT, Role.MAILDROP, Role.FRONTEND, Role.SMTP_IN)
+CLUSTERS = (
+    Role.RSPAMD,
+    Role.SMTP_OUT,
+    Role.MAILDROP,
+    Role.WEBMAIL,
+    Role.FRONTEND,
+    Role.SMTP_IN,
+)
 
 
 def command(graph: Graph, host: str, step: str) -> Registration:
@@ -84,6 +91,7 @@ def test_names_and_types_follow_one_scheme(graph: Graph, platform: Platform) -> 
         "mail:index:RspamdCluster",
         "mail:index:SmtpInCluster",
         "mail:index:SmtpOutCluster",
+        "mail:index:Webmail",
     }
     if any(platform.members(role) for role in CLIENT_ROLES):
         owners.add("mail:index:NullClients")
@@ -118,14 +126,18 @@ def test_no_member_waits_for_the_one_after_it(graph: Graph, platform: Platform) 
         assert not graph.reaches(command(graph, first, "confirm"), done)
 
 
-def test_frontends_come_after_the_members_that_they_lead_to(
+def test_frontends_and_webmail_come_after_the_members_that_they_lead_to(
     graph: Graph, platform: Platform
 ) -> None:
-    members = (*platform.members(Role.SMTP_OUT), *platform.members(Role.MAILDROP))
-    for frontend in platform.members(Role.FRONTEND):
-        start = command(graph, frontend.name, "config")
-        for member in members:
-            assert graph.reaches(start, command(graph, member.name, "confirm").urn)
+    behind = (*platform.members(Role.SMTP_OUT), *platform.members(Role.MAILDROP))
+    for leader, members in (
+        (Role.FRONTEND, (*behind, *platform.members(Role.WEBMAIL))),
+        (Role.WEBMAIL, behind),
+    ):
+        for host in platform.members(leader):
+            start = command(graph, host.name, "config")
+            for member in members:
+                assert graph.reaches(start, command(graph, member.name, "confirm").urn)
 
 
 def test_secrets_then_files_then_confirmation(graph: Graph, platform: Platform) -> None:
@@ -213,7 +225,7 @@ def test_the_mx_comes_last_of_all_records(graphs: Callable[[str, bool], Graph]) 
 
 
 def test_clusters_change_side_by_side(graph: Graph, platform: Platform) -> None:
-    """But for the frontends, none waits for another: a spam filter that is away stops no mail."""
+    """But for frontends and webmail none waits for another: mail flows without a spam filter."""
     apart = (Role.RSPAMD, Role.SMTP_OUT, Role.SMTP_IN, Role.MAILDROP)
     for role in apart:
         start = command(graph, platform.members(role)[0].name, "config")
@@ -462,6 +474,8 @@ def test_the_marked_secrets_do_arrive_where_they_are_needed(
         Role.SMTP_OUT: (f"PEM {MARK} dkim-", certificate, "{BLF-CRYPT}$2a$10$"),
         Role.SMTP_IN: (f"{MARK} srs-", certificate),
         Role.RSPAMD: (f"requirepass {MARK} redis-password", 'password = \\"$1$'),
+        Role.WEBMAIL: (f"'{MARK} roundcube-des-key'", f"{MARK} sasl-", certificate),
+        Role.FRONTEND: (certificate,),
     }
     for role, texts in wanted.items():
         for host in platform.members(role):
@@ -504,6 +518,7 @@ def test_every_domain_key_and_login_is_generated_where_none_is_given(
         "redis-password",
         "rspamd-controller-password",
         "rspamd-controller-hash-salt",
+        "roundcube-des-key",
     }
     assert {r.name for r in graph.of_type(PASSWORD)} == {*logins, *boxes, *inbound, "digest-key"}
     assert set(graph.outputs["sasl_passwords"]) == {n.removeprefix("sasl-") for n in logins}

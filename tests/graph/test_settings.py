@@ -139,6 +139,17 @@ def test_up_without_any_key_to_log_in_with_is_refused(monkeypatch: pytest.Monkey
         ({"secrets": {"sasl/alice": ""}}, "sasl/alice is no text"),
         ({"secrets": {"srs/srs1": MARK}}, "srs/srs1 is no word of 32 to 64 letters"),
         ({"secrets": {"redis/password": f"{MARK} with spaces"}}, "redis/password is no word"),
+        ({"secrets": {"sasl-password/webmail": f"{MARK} x"}}, "webmail is no password of 16"),
+        ({"secrets": {"roundcube/des-key": MARK}}, "roundcube/des-key is no key of 32 letters"),
+        (
+            {"secrets": {"sasl/webmail": f"{{BLF-CRYPT}}{MARK}"}},
+            "give the other one too, run: pulumi config set --secret --path"
+            " 'mail:secrets[\"sasl-password/webmail\"]'",
+        ),
+        (
+            {"secrets": {"sasl-password/webmail": "sixteenormoreletters"}},
+            "'mail:secrets[\"sasl/webmail\"]'",
+        ),
         ({"certificates": {"submission.example.org": {"key": MARK}}}, "'chain' and 'key'"),
         (
             {"certificates": {"submission.example.org": {"key": MARK, "chain": MARK}}},
@@ -210,6 +221,16 @@ def test_a_given_dkim_key_is_used_and_its_public_half_published() -> None:
     assert json.dumps(given)[1:-1] in push.inputs["stdin"]
     body = given.splitlines()[1]
     assert not any(body in r.visible for r in graph.registrations.values())
+
+
+def test_webmail_logs_in_with_a_password_that_was_given_with_its_hash() -> None:
+    hashed, plain = f"{{BLF-CRYPT}}$2y$05${MARK}", f"{MARK}0123456789abcdef".replace(" ", "-")
+    given = {"sasl/webmail": hashed, "sasl-password/webmail": plain}
+    graph = build(live_config("example", secrets=given))
+    assert plain in graph.one(COMMAND, "web1.hosts.example.org-secrets").inputs["stdin"]
+    assert hashed in graph.one(COMMAND, f"{HOST}-secrets").inputs["stdin"]
+    assert plain not in graph.one(COMMAND, f"{HOST}-secrets").inputs["stdin"]
+    assert not any(MARK in r.visible for r in graph.registrations.values())
 
 
 def test_a_given_hash_replaces_the_generated_password() -> None:

@@ -94,6 +94,8 @@ def secret_values(platform: Platform, host: Host) -> Mapping[str, str]:
                 made[name] = f"invented{given}0123456789abcdef"
             case ["pairsync", given] | ["rspamd", "controller-password" as given]:
                 made[name] = f"invented{given}0123456789abcdef0123456789"
+            case ["sasl-password", _] | ["roundcube", _]:
+                made[name] = "invented0123456789abcdef01234567"
             case ["rspamd", _]:
                 made[name] = CONTROLLER_HASH
             case _:

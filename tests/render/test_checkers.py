@@ -10,7 +10,7 @@ import pytest
 from mailsite.bundle import Check, compose
 from mailsite.fragment import File
 from mailsite.model import Platform, Role, TlsLevel
-from mailsite.roles import rspamd
+from mailsite.roles import rspamd, webmail
 from tests.render.conftest import Case, all_files, cases, in_rehearsal
 from tests.render.image import Image, Result, Step
 
@@ -47,7 +47,8 @@ def first(role: Role) -> Case:
 
 
 @pytest.mark.parametrize(
-    "role", [Role.SMTP_OUT, Role.FRONTEND, Role.SMTP_IN, Role.RSPAMD, Role.MAILDROP]
+    "role",
+    [Role.SMTP_OUT, Role.FRONTEND, Role.SMTP_IN, Role.RSPAMD, Role.MAILDROP, Role.WEBMAIL],
 )
 def test_every_checker_accepts_a_host_of_a_rehearsal(image: Image, role: Role) -> None:
     case = first(role)
@@ -144,6 +145,13 @@ FRONTEND_FAULTS = (
         "/etc/nginx/modules-enabled/90-mail-streams.conf:",
     ),
     Fault(
+        "nginx",
+        "/etc/nginx/sites-enabled/zz-webmail.conf",
+        "proxy_ssl_verify on;",
+        "proxy_ssl_verify yes;",
+        "/etc/nginx/sites-enabled/zz-webmail.conf:",
+    ),
+    Fault(
         "nftables",
         "/etc/mail-platform/nftables.conf",
         "policy accept",
@@ -208,12 +216,27 @@ MAILDROP_FAULTS = (
     ),
 )
 
+WEBMAIL_FAULTS = (
+    Fault("nginx", "/etc/nginx/nginx.conf", "real_ip_header", "reel_ip_header", "nginx.conf:"),
+    Fault("php-fpm", webmail.POOL, "pm = dynamic", "pm = dinamic", "www.conf:"),
+    Fault("roundcube", webmail.CONFIG, "= 'elastic';", "= 'elastic'", "config.inc.php on line"),
+    Fault("roundcube", webmail.SIEVE_CONFIG, "= 1;", "= 1", "managesieve/config.inc.php"),
+    Fault(
+        "systemd",
+        f"/etc/systemd/system/{webmail.FPM}.service.d/mail.conf",
+        "PrivateTmp=yes",
+        "PrivateTmp=often",
+        f"{webmail.FPM}.service.d/mail.conf",
+    ),
+)
+
 FAULTS = {
     Role.SMTP_OUT: OUT_FAULTS,
     Role.FRONTEND: FRONTEND_FAULTS,
     Role.SMTP_IN: IN_FAULTS,
     Role.RSPAMD: RSPAMD_FAULTS,
     Role.MAILDROP: MAILDROP_FAULTS,
+    Role.WEBMAIL: WEBMAIL_FAULTS,
 }
 
 

@@ -199,6 +199,7 @@ def test_yaml_1_2_words_are_texts(site: Path) -> None:
     (site / "sasl_users.yaml").write_text(
         "no: {description: on}\n1e1: {description: '12:30'}\nmail: {description: ours}\n"
     )
+    patch(site, {"file": "site.yaml", "replace": "sasl_user: webmail", "by": "sasl_user: no"})
     users = load_platform(site).sasl_users
     assert list(users) == ["no", "1e1", "mail"]
     assert users["no"].description == "on"

@@ -63,8 +63,9 @@ def test_health_goes_through_the_stream() -> None:
 
 def test_a_platform_without_mailboxes_has_no_streams_to_them() -> None:
     on = frontend.fragment(PLATFORM, EDGE)
-    assert {rule.port for rule in on.ports} == {587, 993, 4190}
-    off = frontend.fragment(PLATFORM.model_copy(update={"maildrop": None}), EDGE)
+    assert {rule.port for rule in on.ports} == {80, 443, 587, 993, 4190}
+    without = {"maildrop": None, "webmail": None}
+    off = frontend.fragment(PLATFORM.model_copy(update=without), EDGE)
     assert {rule.port for rule in off.ports} == {587}
 
 

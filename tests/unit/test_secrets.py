@@ -72,9 +72,14 @@ def test_a_domain_that_stops_sending_needs_no_key() -> None:
     assert gone == {f"dkim/{name}/{domain.signing_key.selector}"}
 
 
-def test_a_frontend_needs_the_login_of_its_group_alone() -> None:
-    assert required(PLATFORM, EDGE) == ("sasl-password/mail",)
-    (path,) = compose_secrets(PLATFORM, EDGE, {"sasl-password/mail": "word"})
+def test_a_frontend_needs_the_login_of_its_group_and_the_certificates_of_webmail() -> None:
+    names = (PLATFORM.names.webmail, PLATFORM.internal_name(Role.WEBMAIL))
+    assert set(required(PLATFORM, EDGE)) == {"sasl-password/mail"} | {
+        secret for name in names for secret in (certificate_chain(name), certificate_key(name))
+    }
+    without = PLATFORM.model_copy(update={"webmail": None})
+    assert required(without, EDGE) == ("sasl-password/mail",)
+    (path,) = compose_secrets(without, EDGE, {"sasl-password/mail": "word"})
     assert path == "/etc/mail/secrets"
 
 
