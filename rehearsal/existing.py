@@ -72,6 +72,7 @@ def files(
         "etc/ssh/ssh_host_ed25519_key": private_key,
         "etc/ssh/ssh_host_ed25519_key.pub": f"{public_key}\n",
         _AUTHORITIES: authority,
+        "etc/systemd/resolved.conf.d/operator.conf": "[Resolve]\nLLMNR=no\nMulticastDNS=no\n",
     }
     if Role.FRONTEND in host.roles:
         found |= {
@@ -88,7 +89,6 @@ def files(
             f"Address={interface.ipv4}/{network.ipv4.prefix.prefixlen}",
             f"Address={interface.ipv6}/{network.ipv6.prefix.prefixlen}",
             "IPv6AcceptRA=no",
-            "LLMNR=no",
         ]
         if number == 0:
             lines += [f"DNS={address}" for address in plan.RESOLVER]

@@ -63,6 +63,11 @@ ALLOWED: tuple[Allowed, ...] = (
         "cannot get (masters|slaves) data from Redis Sentinel",
         "members start one after the other; each asks every Sentinel, and one is enough",
     ),
+    Allowed(
+        "rspamd",
+        "cannot get bayes statistics for",
+        "no writer is chosen yet; the figures are asked for again, and mail does not wait for them",
+    ),
     Allowed("redis", r"^[+-](monitor|sdown|tilt)", "Sentinel's own notes; SPAM-6 sees who serves"),
     Allowed(
         "smtpd", "purge_task: opendir", "OpenSMTPD's first start: nothing to purge is there yet"

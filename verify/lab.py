@@ -329,7 +329,6 @@ class LabMachine:
         self.host = host
         self.name = host.name
         self._platform = platform
-        self._staged = ""
         self._state = state
 
     @cached_property
@@ -365,11 +364,12 @@ class LabMachine:
 
     # The agent
 
-    def apply(self, platform: Platform | None = None) -> str:
+    def apply(self, platform: Platform | None = None, secrets: str = "") -> str:
         """Have the agent apply what ``platform`` says of this host, as a push does.
 
         Args:
             platform: Site data; by default the rehearsal's own.
+            secrets: What :meth:`kept_secrets` returned; by default those in use.
 
         Returns:
             The agent's last line.
@@ -380,19 +380,21 @@ class LabMachine:
         wanted = platform or self._platform
         bundle = compose(wanted, wanted.hosts[self.name])
         argv = [AGENT, "apply"]
-        digest = self.active_secrets()
-        if digest:
-            self._staged = self.run("cat", f"/var/lib/mail-agent/secrets/{digest}.json")
+        if secrets:
+            self.run(AGENT, "stage-secrets", input=secrets)
         if bundle.secret_files:
-            if not digest:  # the agent forgot them with a bundle that had none
-                self.run(AGENT, "stage-secrets", input=self._staged)
-                digest = str(json.loads(self._staged)["digest"])
-            argv += ["--secrets", digest]
+            digest = json.loads(secrets)["digest"] if secrets else self.active_secrets()
+            argv += ["--secrets", str(digest)]
         done = self.call(*argv, input=bundle.public_json())
         if done.returncode != 0:
             raise Failed(f"{self.name}: the agent refuses: {done.stdout}{done.stderr}")
         self.run(AGENT, "confirm")
         return done.stdout.strip().splitlines()[-1]
+
+    def kept_secrets(self) -> str:
+        """The secret bundle in use, for later: the agent forgets one that nothing needs."""
+        digest = self.active_secrets()
+        return self.run("cat", f"/var/lib/mail-agent/secrets/{digest}.json") if digest else ""
 
     def active_secrets(self) -> str:
         """Digest of the secret bundle in use; empty where there is none."""

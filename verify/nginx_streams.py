@@ -460,6 +460,7 @@ def neighbours_are_left_alone(ctx: Context) -> str:
     without_us = _without_the_role(ctx, frontend)
     ours = _paths(ctx.platform, frontend) | _paths(without_us, frontend)
     foreign = machine.foreign_state(ours)
+    secrets = machine.kept_secrets()
     try:
         machine.apply(without_us)
         _foreign_things_work(ctx, frontend)
@@ -470,7 +471,7 @@ def neighbours_are_left_alone(ctx: Context) -> str:
             if door.name == frontend.name:
                 _is_gone(door)
     finally:
-        machine.apply(ctx.platform)
+        machine.apply(ctx.platform, secrets)
     _expect_same(frontend, foreign, machine.foreign_state(ours), "the role came back")
     _foreign_things_work(ctx, frontend)
     each(
@@ -493,7 +494,8 @@ def _without_the_role(ctx: Context, frontend: Host) -> Platform:
 def _paths(platform: Platform, host: Host) -> set[str]:
     """Every path on ``host`` that is the platform's."""
     bundle = compose(platform, platform.hosts[host.name])
-    return {*bundle.files, *bundle.secret_files, *(m.output for m in bundle.maps)}
+    units = (f"/etc/systemd/system/{s.unit}" for s in bundle.services if not s.foreign)
+    return {*bundle.files, *bundle.secret_files, *(m.output for m in bundle.maps), *units}
 
 
 def _expect_same(frontend: Host, one: dict[str, str], other: dict[str, str], when: str) -> None:

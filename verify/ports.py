@@ -24,7 +24,7 @@ import dns.message
 from mailsite.model import IPAddress
 from verify.client import Client
 
-SETTLE = 1.0
+SETTLE = 0.5
 """Seconds that late answers get."""
 _SYN, _ACK, _RST = 0x02, 0x10, 0x04
 _BURST = 64

@@ -111,7 +111,7 @@ def probe_every_host(ctx: Context) -> str:
         counts = each(
             places,
             lambda place: _probed(ctx, place, machines, every if place.thorough else daemons),
-            workers=2,
+            workers=4,
         )
     probed, answered = (sum(column) for column in zip(*counts, strict=True))
     return (
@@ -159,17 +159,17 @@ def _probed(
     targets: dict[IPAddress, list[int]] = {}
     wanted = set()
     for address, host in hosts.items():
+        source = source_of(place.client, address)
+        if source is None or (_is_public(ctx, host, address) and _is_hidden(ctx, source)):
+            continue  # no way, or by a gateway, behind which everybody is one of the internet
         routed = not outside or _is_public(ctx, host, address)
         # That nobody routes site-local addresses is seen with the ports that somebody has.
         targets[address] = numbers if routed else list(tables.of(host))
-        source = source_of(place.client, address) if routed else None
-        if source is not None:
-            known = not (_is_public(ctx, host, address) and _is_hidden(ctx, source))
-            wanted |= {
-                Port(Protocol.TCP, address, number)
-                for number, networks in tables.of(host).items()
-                if networks is ANYONE or (known and any(source in net for net in networks))
-            }
+        wanted |= {
+            Port(Protocol.TCP, address, number)
+            for number, networks in tables.of(host).items()
+            if routed and (networks is ANYONE or any(source in net for net in networks))
+        }
     found = scan(place.client, targets)
     missing = wanted - found.open
     if missing:  # a probe may be lost on its way, and nobody sends it again
