@@ -28,8 +28,8 @@ from verify.roundcube import Roundcube
 from verify.smtp import Letter, letter
 
 HTTP, HTTPS = 80, 443
-PROMPT = 20.0
-"""Seconds in which a mail that nothing holds up is where it belongs."""
+PROMPT = 60.0
+"""Seconds after which a mail is taken for lost; hosts may be away, and each is asked in turn."""
 SOON = 5.0
 """Seconds in which the standby serves (contract: within seconds)."""
 LOGIN_FORM = "rcmloginuser"
