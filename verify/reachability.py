@@ -60,9 +60,13 @@ class Tables:
                     14190: frontends,
                     PAIRSYNC: hosts(Role.MAILDROP),
                 }
+            case Role.WEBMAIL:
+                return {443: hosts(Role.FRONTEND)}
             case Role.FRONTEND:
                 mailboxes = {993: ANYONE, 4190: self.editors} if self.editors else {}
-                return {80: ANYONE, 587: ANYONE, **mailboxes}  # 80: the operator's own website
+                webmail = {443: ANYONE} if self.platform.webmail is not None else {}
+                # 80: the operator's own website.
+                return {80: ANYONE, 587: ANYONE, **mailboxes, **webmail}
             case _:
                 return {}
 
