@@ -68,6 +68,18 @@ ALLOWED: tuple[Allowed, ...] = (
         "cannot get bayes statistics for",
         "no writer is chosen yet; the figures are asked for again, and mail does not wait for them",
     ),
+    # What a machine says that waits seconds for its turn on two processors, with twenty others.
+    Allowed(
+        "dovecot|rspamd",
+        r"Time moved forward by|lost \d+ heartbeats? from worker",
+        "it had no processor for a while, and goes on",
+    ),
+    Allowed(
+        "pairsync|redis",
+        r": lost: |Disconnecting timedout replica",
+        "the other one starts, or had no processor; both join again, and BOX-10 and SPAM-6"
+        " see how soon",
+    ),
     Allowed("redis", r"^[+-](monitor|sdown|tilt)", "Sentinel's own notes; SPAM-6 sees who serves"),
     Allowed(
         "smtpd", "purge_task: opendir", "OpenSMTPD's first start: nothing to purge is there yet"

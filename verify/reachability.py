@@ -64,9 +64,9 @@ class Tables:
                 return {443: hosts(Role.FRONTEND)}
             case Role.FRONTEND:
                 mailboxes = {993: ANYONE, 4190: self.editors} if self.editors else {}
-                webmail = {443: ANYONE} if self.platform.webmail is not None else {}
-                # 80: the operator's own website.
-                return {80: ANYONE, 587: ANYONE, **mailboxes, **webmail}
+                web = {443: ANYONE} if self.platform.serving(Role.WEBMAIL) else {}
+                # 80: the operator's own websites, and the way to webmail.
+                return {80: ANYONE, 587: ANYONE, **mailboxes, **web}
             case _:
                 return {}
 
