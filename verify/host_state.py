@@ -47,9 +47,12 @@ ALLOWED: tuple[Allowed, ...] = (
         "postfix/",
         "SASL (PLAIN|LOGIN) authentication failed|RBL lookup error|does not resolve to address"
         "|hostname .* verification failed|TLS library problem|non-SMTP command|numeric domain name"
-        "|Connection (rate|concurrency) limit exceeded|Message delivery request rate",
-        "a client guesses a password, breaks off, comes too often; a block list does not answer",
+        "|Connection (rate|concurrency) limit exceeded|Message delivery request rate"
+        "|Illegal address syntax from",
+        "a client guesses a password, breaks off, comes too often or writes what is no address; a"
+        " block list does not answer",
     ),
+    Allowed("rspamd", "_error_handler: http error occurred: IO read error", "a client hangs up"),
     Allowed("postfix/", "reject_warning", "a list that only warns knows a client"),
     Allowed(
         "rspamd",
