@@ -396,6 +396,8 @@ class Bundle:
     guarded: tuple[str, ...]
     #: Whether the packages that are there stay, whatever those of the bundle conflict with.
     keep_packages: bool = False
+    #: What services of the bundle write: not compared, and gone when it leaves the bundle.
+    produced: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Bundle:
@@ -445,6 +447,7 @@ class Bundle:
                 health=tuple(dict(h) for h in document["health"]),
                 guarded=tuple(str(p) for p in document["guarded"]),
                 keep_packages=bool(document.get("keep_packages", False)),
+                produced=tuple(checked_path(p) for p in document.get("produced", ())),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadDocument(
@@ -1462,8 +1465,12 @@ class Health:
             deadline = start + float(health.get("timeout", 10))
             pause = 0.02
             while (seen := self.ask(health, deadline - time.monotonic())) is not None:
-                # What systemd has given up does not come back by waiting.
-                given_up = health["kind"] == "unit" and seen.endswith(("is failed", "is inactive"))
+                # What systemd has given up does not come back by waiting, nor does what says so.
+                given_up = (
+                    seen.endswith(("is failed", "is inactive"))
+                    if health["kind"] == "unit"
+                    else health["kind"] == "command" and f": exit {os.EX_UNAVAILABLE}: " in seen
+                )
                 if given_up or time.monotonic() >= deadline:
                     problems.append(seen)
                     break
@@ -1592,7 +1599,7 @@ class Agent:
         self.packages.install(bundle.packages, bundle.keep_packages)
         active = self.store.active()
         derived = {build.output for build in bundle.maps}
-        changed, gone = self._compare(wanted, active, derived)
+        changed, gone = self._compare(wanted, active, derived | set(bundle.produced))
         maps = [b for b in bundle.maps if b.source in changed or self._stale(b.output, active)]
         manifest = self._manifest(bundle, label, wanted, active)
         units = [s.unit for s in bundle.services]
@@ -1647,9 +1654,12 @@ class Agent:
         return entry is None or not self._matches(output, entry)
 
     def _compare(
-        self, wanted: Mapping[str, File], active: Mapping[str, Any], derived: set[str]
+        self, wanted: Mapping[str, File], active: Mapping[str, Any], others: set[str]
     ) -> tuple[list[str], list[str]]:
-        """Paths that differ from what lies there, and paths that left the bundle."""
+        """Paths that differ from what lies there, and paths that left the bundle.
+
+        ``others``: what maps are built to and services write; it belongs to the bundle.
+        """
         changed = []
         for path, file in sorted(wanted.items()):
             if not self._matches(path, file.entry()):
@@ -1659,9 +1669,9 @@ class Agent:
                     self.say(f"{path} was changed by hand; it is put right")
         gone = [
             path
-            for path in sorted(active["files"])
+            for path in sorted({*active["files"], *active.get("produced", ())})
             if path not in wanted
-            and path not in derived
+            and path not in others
             and look(self.system.live(path)).kind != "none"
         ]
         return changed, gone
@@ -1684,6 +1694,7 @@ class Agent:
             "files": {path: file.entry() for path, file in wanted.items()},
             "services": [s.unit for s in bundle.services],
             "foreign": [s.unit for s in bundle.services if s.foreign],
+            "produced": bundle.produced,
         }
 
     def _unchanged(

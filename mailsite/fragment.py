@@ -118,7 +118,10 @@ class UnitHealth:
 
 @dataclass(frozen=True)
 class CommandHealth:
-    """A command exits with 0. ``timeout`` in seconds."""
+    """A command exits with 0. ``timeout`` in seconds.
+
+    With 69 (EX_UNAVAILABLE, sysexits.h) it says that waiting does not help.
+    """
 
     command: tuple[str, ...]
     timeout: int = 10
@@ -139,7 +142,11 @@ class PortRule:
 
 @dataclass(frozen=True)
 class Fragment:
-    """What one role contributes to a host: its own files, and its part of shared ones."""
+    """What one role contributes to a host: its own files, and its part of shared ones.
+
+    ``produced`` are files that its services write: nobody compares them, and they go when the
+    role goes.
+    """
 
     role: str
     files: Mapping[str, File] = field(default_factory=dict)
@@ -151,6 +158,7 @@ class Fragment:
     services: tuple[Service, ...] = ()
     health: tuple[Health, ...] = ()
     guarded: tuple[str, ...] = ()
+    produced: tuple[str, ...] = ()
 
 
 def templated(template: str, *, mode: int = 0o644, **context: object) -> tuple[str, File]:

@@ -90,6 +90,57 @@ def test_files_that_left_the_bundle_are_removed(host: Host) -> None:
     assert "removing /etc/gone" in host.said
 
 
+def test_what_a_service_writes_is_left_alone_and_goes_with_it(host: Host) -> None:
+    pulled = host.root / "etc/certs/imap.pem"
+    host.apply(bundle({MAIN: "a\n"}, produced=["/etc/certs/imap.pem"]))
+    pulled.parent.mkdir()
+    pulled.write_text("pulled\n")
+    host.apply(bundle({MAIN: "b\n"}, produced=["/etc/certs/imap.pem"]))
+    assert pulled.read_text() == "pulled\n"
+    assert host.agent.drift() == []
+    host.apply(bundle({MAIN: "b\n"}))
+    assert not pulled.exists()
+    assert "removing /etc/certs/imap.pem" in host.said
+
+
+def test_a_file_may_change_hands_without_being_away(host: Host) -> None:
+    """From a push to a service, and back."""
+    path = "/etc/certs/imap.pem"
+    host.apply(bundle({MAIN: "a\n", path: "given\n"}))
+    host.apply(bundle({MAIN: "a\n"}, produced=[path]))
+    assert live(host, path) == "given\n"
+    (host.root / path[1:]).write_text("pulled\n")
+    host.apply(bundle({MAIN: "a\n", path: "given again\n"}))
+    assert live(host, path) == "given again\n"
+
+
+def test_what_was_pulled_comes_back_when_its_removal_fails(host: Host) -> None:
+    path = "/etc/certs/imap.pem"
+    host.apply(bundle({MAIN: "a\n"}, produced=[path]))
+    (host.root / "etc/certs").mkdir()
+    (host.root / path[1:]).write_text("pulled\n")
+    host.system.commands["false"] = lambda _: Done(1, "", "no")
+    bad = {"kind": "command", "command": ["false"], "timeout": 0.1}
+    with pytest.raises(AgentError, match="the previous generation is back in place"):
+        host.apply(bundle({MAIN: "b\n"}, health=[bad]))
+    assert live(host, path) == "pulled\n"
+    assert live(host, MAIN) == "a\n"
+
+
+def test_a_command_that_says_that_waiting_does_not_help_is_not_waited_for(host: Host) -> None:
+    asked: list[str] = []
+
+    def no(words: object) -> Done:
+        asked.append("asked")
+        return Done(os.EX_UNAVAILABLE, "", "there will be none")
+
+    host.system.commands["ready"] = no
+    health = {"kind": "command", "command": ["ready"], "timeout": 600}
+    with pytest.raises(AgentError, match="there will be none"):
+        host.apply(bundle({MAIN: "a\n"}, health=[health]))
+    assert asked == ["asked"]
+
+
 def test_a_file_changed_by_hand_is_put_right(host: Host) -> None:
     text = bundle({MAIN: "a\n"})
     host.apply(text)
