@@ -26,6 +26,7 @@ from mailsite.loader import Problem, SiteError
 from mailsite.model import Host, Mta, Platform, Role
 from mailsite.roles import (
     base,
+    certificates,
     frontend,
     maildrop,
     null_client,
@@ -86,6 +87,7 @@ class Bundle:
     health: tuple[Health, ...]
     guarded: tuple[str, ...]
     keep_packages: bool = False
+    produced: tuple[str, ...] = ()
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -138,6 +140,7 @@ class Bundle:
                 "health": [_health(h) for h in self.health],
                 "guarded": self.guarded,
                 "keep_packages": self.keep_packages,
+                "produced": self.produced,
                 "secret_paths": sorted(self.secret_files),
             }
         )
@@ -177,14 +180,42 @@ def secrets_json(host: str, digest: str, files: Mapping[str, File]) -> str:
 
 def fragments(platform: Platform, host: Host) -> tuple[Fragment, ...]:
     """What each role of ``host`` contributes, the base first; of a retired one, the base alone."""
-    roles = () if host.retired else host.roles
-    own = tuple(ROLES[role](platform, host) for role in roles if role in ROLES)
-    if roles and host.has_null_client:
+    own = _of_roles(platform, host)
+    if host.has_null_client and not host.retired:
         own = (*own, null_client.fragment(platform, host))
     if host.is_managed:
         own = (*own, upgrades.fragment(platform, host))
+    if platform.certificates is not None and not host.retired:
+        own = certificates.pulled(platform, host, own, asked_names(platform))
     ports = tuple(port for fragment in own for port in fragment.ports)
     return (base.fragment(platform, host, ports), *own)
+
+
+def _of_roles(platform: Platform, host: Host) -> tuple[Fragment, ...]:
+    roles = () if host.retired else host.roles
+    return tuple(ROLES[role](platform, host) for role in roles if role in ROLES)
+
+
+#: The platform that was asked about last, and the answer: it takes rendering every host.
+_asked: list[tuple[Platform, Mapping[str, tuple[str, ...]]]] = []
+
+
+def asked_names(platform: Platform) -> Mapping[str, tuple[str, ...]]:
+    """The names that each host must prove to be, by host; only hosts that have some.
+
+    Raises:
+        SiteError: a role cannot work with this site data.
+    """
+    for known, names in _asked:
+        if known is platform:
+            return names
+    found = {
+        host.name: asked
+        for host in platform.hosts.values()
+        if (asked := certificates.asked_names(platform, _of_roles(platform, host)))
+    }
+    _asked[:] = [(platform, found)]
+    return found
 
 
 def merge(host: str, parts: Iterable[Fragment]) -> Bundle:
@@ -198,7 +229,7 @@ def merge(host: str, parts: Iterable[Fragment]) -> Bundle:
     problems = []
     for part in parts:
         ports = (f"port {port.port}/{port.protocol}" for port in part.ports)
-        for claim in (*part.files, *part.secret_files, *ports):
+        for claim in (*part.files, *part.secret_files, *part.produced, *ports):
             other = owners.setdefault(claim, part.role)
             if other != part.role:
                 problems.append(
@@ -225,6 +256,7 @@ def merge(host: str, parts: Iterable[Fragment]) -> Bundle:
         services=services,
         health=tuple(dict.fromkeys(health for part in parts for health in part.health)),
         guarded=tuple(sorted({prefix for part in parts for prefix in part.guarded})),
+        produced=tuple(sorted({path for part in parts for path in part.produced})),
     )
 
 

@@ -60,6 +60,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
         "spam",
         "maildrop",
         "webmail",
+        "certificates",
         "management",
         "upgrades",
         "probe",

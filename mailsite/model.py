@@ -304,6 +304,21 @@ def _sender(value: str) -> str:
     return value
 
 
+def _variable(value: str) -> str:
+    if not re.fullmatch(r"[A-Z][A-Z0-9_]*", value):
+        raise ValueError(f"{value!r} is no variable; write one like 'CLOUDFLARE_DNS_API_TOKEN'")
+    return value
+
+
+def _setting(value: str) -> str:
+    """Accept what can stand in a unit file as it is (systemd.exec(5), Environment=)."""
+    if not re.fullmatch(r"[A-Za-z0-9 .,:/@_+=-]*", value):
+        raise ValueError(
+            f"{value!r} cannot stand in a unit file; use letters, digits and '.,:/@_+=-' alone"
+        )
+    return value
+
+
 def _spf_all(value: str) -> str:
     if value not in ("-all", "~all", "?all", "+all"):
         raise ValueError(f"{value!r} is no end of an SPF record; write '~all' or '-all'")
@@ -330,6 +345,8 @@ LocalPart = Annotated[str, AfterValidator(_local_part)]
 Answers = Annotated[str, AfterValidator(_answers)]
 Label = Annotated[str, AfterValidator(_label)]
 Size = Annotated[int, PlainValidator(_size)]
+Variable = Annotated[str, AfterValidator(_variable)]
+Setting = Annotated[str, AfterValidator(_setting)]
 
 
 class Frozen(BaseModel):
@@ -347,6 +364,7 @@ class Role(StrEnum):
     MAILDROP = "maildrop"
     WEBMAIL = "webmail"
     FRONTEND = "frontend"
+    CERTIFICATES = "certificates"
     HYPERVISOR = "hypervisor"
     ROUTER = "router"
     SERVER = "server"
@@ -830,6 +848,48 @@ class Webmail(Frozen):
     networks: tuple[Prefix, ...] = Field(min_length=1)
 
 
+class AcmeAccess(Frozen):
+    """How lego gets a certificate: the authority, and how it changes the DNS for the challenge.
+
+    ``provider`` is lego's name of the DNS provider (https://go-acme.github.io/lego/dns/),
+    ``environment`` what that provider needs beside secrets. ``secrets`` are the variables whose
+    values are secrets of the stack, ``acme/<variable>``; lego gets each as a file.
+    """
+
+    directory: Annotated[str, AfterValidator(_https), AfterValidator(_setting)] = (
+        "https://acme-v02.api.letsencrypt.org/directory"
+    )
+    provider: Slug
+    environment: dict[Variable, Setting] = {}
+    secrets: tuple[Variable, ...] = ()
+
+
+class Acme(AcmeAccess):
+    """``email`` is told of the account's matters.
+
+    ``challenge_zone``: every ``_acme-challenge`` name is a CNAME into this zone, which the
+    operator publishes, so that the token of the DNS provider can be one for this zone alone.
+    """
+
+    email: Annotated[str, AfterValidator(_email), AfterValidator(_setting)]
+    challenge_zone: Fqdn | None = None
+
+
+class Certificates(Frozen):
+    """The platform gets its own certificate, by ACME; None: the operator gives them as secrets.
+
+    Two hosts with the role ``certificates`` hold it. The first renews it ``renew_days`` before
+    its end; if it has not, the second does ``takeover_days`` before. The others ask both for it
+    at ``port``. A check complains ``margin_days`` before the end.
+    """
+
+    acme: Acme
+    port: Port = 2022
+    renew_days: int = Field(default=30, ge=2, le=365)
+    takeover_days: int = Field(default=20, ge=1, le=365)
+    margin_days: int = Field(default=14, ge=1, le=365)
+
+
 class Management(Frozen):
     """Who may reach ssh: the networks of the operators."""
 
@@ -870,6 +930,9 @@ class World(Frozen):
     ssh_host_keys: dict[Fqdn, SshPublicKey] = Field(
         default={}, description="existing machines: keys to expect instead of the pinned ones"
     )
+    acme: AcmeAccess | None = Field(
+        default=None, description="the authority and DNS provider to use; None: the site's"
+    )
 
 
 class Probe(Frozen):
@@ -900,6 +963,9 @@ class Platform(Frozen):
         default=None, description="None: the platform has no mailboxes"
     )
     webmail: Webmail | None = Field(default=None, description="None: the platform has no webmail")
+    certificates: Certificates | None = Field(
+        default=None, description="None: the operator gives certificates, as secrets"
+    )
     management: Management
     upgrades: Upgrades = Upgrades()
     probe: Probe | None = None
@@ -944,6 +1010,17 @@ class Platform(Frozen):
         if fqdn == self.names.smtp_out:
             return (fqdn, self.submission_host)
         return (fqdn,)
+
+    @property
+    def acme(self) -> AcmeAccess:
+        """How certificates are got in this world.
+
+        Raises:
+            ValueError: the operator gives them.
+        """
+        if self.certificates is None:
+            raise ValueError("this platform has no ACME; its certificates are given")
+        return self.world.acme or self.certificates.acme
 
     @property
     def maildrop_domain(self) -> str:

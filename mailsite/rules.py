@@ -3,7 +3,8 @@
 The model says what one object may look like; here is what must be true of them together. Rules
 about mail that comes in are in :mod:`mailsite.inbound_rules`, those about mailboxes in
 :mod:`mailsite.mailbox_rules`, those about webmail in :mod:`mailsite.webmail_rules`, those about
-the machines' own mail in :mod:`mailsite.client_rules`.
+the machines' own mail in :mod:`mailsite.client_rules`, those about certificates in
+:mod:`mailsite.certificate_rules`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import IPv4Network, ip_network
 from itertools import combinations
 
-from mailsite import client_rules, inbound_rules, mailbox_rules, webmail_rules
+from mailsite import certificate_rules, client_rules, inbound_rules, mailbox_rules, webmail_rules
 from mailsite.model import (
     Host,
     Interface,
@@ -35,14 +36,17 @@ CLAIMS: Mapping[str, tuple[Role, ...]] = {
 
 #: Roles that carry mail: their hosts talk to each other.
 MAIL_ROLES = frozenset(
-    {Role.SMTP_OUT, Role.SMTP_IN, Role.RSPAMD, Role.MAILDROP, Role.WEBMAIL, Role.FRONTEND}
+    {
+        *(Role.SMTP_OUT, Role.SMTP_IN, Role.RSPAMD, Role.MAILDROP, Role.WEBMAIL, Role.FRONTEND),
+        Role.CERTIFICATES,
+    }
 )
 
 #: Roles that a host can be relieved of by leading nobody to it.
 DRAINABLE_ROLES = frozenset({Role.SMTP_OUT, Role.SMTP_IN, Role.FRONTEND})
 
 #: Roles that keep state on the data volume, which only a virtual machine has.
-STATEFUL_ROLES = MAIL_ROLES - {Role.FRONTEND}
+STATEFUL_ROLES = MAIL_ROLES - {Role.FRONTEND, Role.CERTIFICATES}
 
 #: Longest name of a network interface in Linux (IFNAMSIZ less the terminating zero).
 INTERFACE_NAME_LENGTH = 15
@@ -69,7 +73,7 @@ def check(platform: Platform, incomplete: frozenset[str] = frozenset()) -> list[
     """
     books = (
         *(BOOK, inbound_rules.BOOK, mailbox_rules.BOOK),
-        *(webmail_rules.BOOK, client_rules.BOOK),
+        *(webmail_rules.BOOK, client_rules.BOOK, certificate_rules.BOOK),
     )
     return [
         finding

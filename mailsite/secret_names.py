@@ -66,3 +66,23 @@ def rspamd_controller_hash() -> str:
 def roundcube_key() -> str:
     """The key that Roundcube keeps the passwords of its sessions with: 32 letters and digits."""
     return "roundcube/des-key"
+
+
+def acme_secret(variable: str) -> str:
+    """What the ACME client's DNS provider needs, by the variable that lego takes it from."""
+    return f"acme/{variable}"
+
+
+def pull_key(host: str) -> str:
+    """OpenSSH private key with which ``host`` asks the holders for the certificate."""
+    return f"pull-key/{host}"
+
+
+def holder_key(holder: str) -> str:
+    """OpenSSH private key with which a holder of the certificate proves who it is."""
+    return f"holder-key/{holder}"
+
+
+def public(pair: str) -> str:
+    """The public half of :func:`pull_key` or :func:`holder_key`, an OpenSSH line."""
+    return f"{pair}/public"

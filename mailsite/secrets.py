@@ -3,7 +3,9 @@
 Names are plain strings: ``dkim/<domain>/<selector>``, ``sasl/<user>``,
 ``certificate/<fqdn>/chain``, ``certificate/<fqdn>/key``, ``ssh-host-key/<host>``, ``srs/<key>``,
 ``redis/password``, ``rspamd/controller-hash``, ``rspamd/controller-password``,
-``mailbox/<name>``, ``pairsync/secret``, ``sasl-password/<user>`` and ``roundcube/des-key``.
+``mailbox/<name>``, ``pairsync/secret``, ``sasl-password/<user>``, ``roundcube/des-key``,
+``acme/<VARIABLE>``, and the key pairs
+``pull-key/<host>`` and ``holder-key/<host>``, with ``.../public``.
 """
 
 from __future__ import annotations
@@ -11,11 +13,15 @@ from __future__ import annotations
 from mailsite.bundle import compose
 from mailsite.model import Host, Platform
 from mailsite.secret_names import (
+    acme_secret,
     certificate_chain,
     certificate_key,
     dkim_key,
+    holder_key,
     mailbox_hash,
     pairsync_secret,
+    public,
+    pull_key,
     redis_password,
     roundcube_key,
     rspamd_controller_hash,
@@ -27,11 +33,15 @@ from mailsite.secret_names import (
 )
 
 __all__ = [
+    "acme_secret",
     "certificate_chain",
     "certificate_key",
     "dkim_key",
+    "holder_key",
     "mailbox_hash",
     "pairsync_secret",
+    "public",
+    "pull_key",
     "redis_password",
     "required",
     "roundcube_key",

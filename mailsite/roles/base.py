@@ -6,7 +6,7 @@ only the agent and a firewall table of its own that restricts the platform's por
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv6Network, collapse_addresses, ip_network
 from pathlib import Path
@@ -182,7 +182,12 @@ def internal_clients(platform: Platform) -> tuple[IPNetwork, ...]:
 def internal_networks(platform: Platform, *roles: Role) -> tuple[IPNetwork, ...]:
     """The internal addresses of every host that serves in one of ``roles``, for firewall rules."""
     hosts = {host.name: host for role in roles for host in platform.serving(role)}
-    legs = [platform.internal_leg(host) for host in hosts.values()]
+    return internal_networks_of(platform, hosts.values())
+
+
+def internal_networks_of(platform: Platform, hosts: Iterable[Host]) -> tuple[IPNetwork, ...]:
+    """The internal addresses of ``hosts``, for firewall rules."""
+    legs = [platform.internal_leg(host) for host in hosts]
     return tuple(ip_network(a) for leg in legs for a in (leg.ipv4, leg.ipv6))
 
 

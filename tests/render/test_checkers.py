@@ -13,6 +13,7 @@ from mailsite.model import Platform, Role, TlsLevel
 from mailsite.roles import rspamd, webmail
 from tests.render.conftest import Case, all_files, cases, in_rehearsal
 from tests.render.image import Image, Result, Step
+from tests.unit.test_roles_certificates import with_acme
 
 CASES = cases()
 
@@ -56,6 +57,36 @@ def test_every_checker_accepts_a_host_of_a_rehearsal(image: Image, role: Role) -
     checks, commands = steps(platform, case)
     files = all_files(platform, case.host)
     assert refusals(checks, image.run(files, commands)) == {}
+
+
+def test_checkers_look_at_a_host_before_its_first_certificate_is_there(image: Image) -> None:
+    """What they find instead goes with the machine that they look at."""
+    platform = with_acme()
+    case = Case("acme", platform, platform.members(Role.MAILDROP)[0])
+    bundle = compose(case.platform, case.host)
+    files = all_files(case.platform, case.host)
+    paths = [path for path in bundle.produced if path.startswith("/etc/certs/")]
+    assert paths
+    assert not set(paths) & set(files)
+    checks, commands = steps(case.platform, case)
+    assert refusals(checks, image.run(files, commands)) == {}
+    offset = len(commands) - len(checks)
+    plain = [
+        (check, step)
+        for check, step in zip(checks, commands[offset:], strict=True)
+        if check.name != "certificates"
+    ]
+    some = [*commands[:offset], *(step for _, step in plain)]
+    told = refusals([check for check, _ in plain], image.run(files, some))
+    assert "dovecot" in told
+
+
+def test_every_checker_accepts_a_holder_of_the_certificate(image: Image) -> None:
+    platform = in_rehearsal(with_acme())
+    case = Case("acme", platform, platform.members(Role.CERTIFICATES)[0])
+    checks, commands = steps(platform, case)
+    assert "certificates-sshd" in [check.name for check in checks]
+    assert refusals(checks, image.run(all_files(platform, case.host), commands)) == {}
 
 
 @pytest.mark.parametrize("level", TlsLevel)

@@ -82,7 +82,7 @@ def test_the_document_has_what_the_agent_reads(host: Host) -> None:
     document = json.loads(bundle.public_json())
     assert set(document) == {
         *("format", "host", "files", "attributes", "packages", "maps", "checks", "services"),
-        *("health", "guarded", "keep_packages", "secret_paths"),
+        *("health", "guarded", "keep_packages", "produced", "secret_paths"),
     }
     assert document["format"] == 1
     assert document["host"] == host.name

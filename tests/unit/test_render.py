@@ -12,6 +12,7 @@ from mailsite.bundle import ROLES, compose
 from mailsite.loader import load_platform
 from mailsite.render import TEMPLATES, RenderError, environment, render, render_in, target
 from tests.unit.test_loader import EXAMPLE
+from tests.unit.test_roles_certificates import with_acme
 
 ALL = sorted(str(path.relative_to(TEMPLATES)) for path in TEMPLATES.rglob("*.j2"))
 
@@ -62,11 +63,11 @@ def test_the_path_of_a_template_is_the_path_on_the_host() -> None:
 
 def test_every_template_is_used_and_lands_at_its_own_path() -> None:
     """Each role's host has the template's file there; a template that nobody uses is left over."""
-    platform = load_platform(EXAMPLE)
     used: dict[str, str] = {}
-    for host in platform.hosts.values():
+    platforms = (load_platform(EXAMPLE), with_acme())
+    for platform, host in ((p, h) for p in platforms for h in p.hosts.values()):
         bundle = compose(platform, host)
-        used |= {f.template: path for path, f in bundle.files.items()}
+        used |= {f.template: path for path, f in bundle.files.items() if f.template}
         used |= {f"templates/{f.template}": p for p, f in bundle.secret_files.items() if f.template}
     # Programs are no templates.
     used = {t: path for t, path in used.items() if not t.startswith(("agent/", "pairsync/"))}

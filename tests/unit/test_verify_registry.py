@@ -56,6 +56,7 @@ def test_a_check_lives_in_the_module_of_its_section() -> None:
     sections = {"OUT": "smtp_out", "IN": "smtp_in", "EDGE": "nginx_streams", "DNS": "mail_dns"}
     sections |= {"HOST": "host", "CHANGE": "change", "SPAM": "rspamd", "BOX": "maildrop"}
     sections |= {"CLIENT": "null_clients", "WEB": "webmail"}
+    sections |= {"CERT": "certificates"}
     for check in checks.all():
         assert check.function.__module__ == f"verify.{sections[check.id.partition('-')[0]]}"
 

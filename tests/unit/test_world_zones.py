@@ -153,9 +153,29 @@ def test_addresses_of_the_world_are_its_own_each_once() -> None:
     assert not set(found) & {*plan.LEG, *plan.GATEWAY}
 
 
+def knot_conf(world: dict[str, zones.Zone], challenges: tuple[str, ...] = ()) -> str:
+    return knot.configuration(
+        world,
+        plan.name_server_addresses(),
+        knot.UpdateKey("k.", "c2VjcmV0"),
+        acme=knot.UpdateKey("a.", "YW5vdGhlcg=="),
+        challenges=challenges,
+        folder="/k",
+        run="/r",
+    )
+
+
+def test_the_acme_clients_key_is_for_challenges_alone(world: dict[str, zones.Zone]) -> None:
+    text = knot_conf(world, ("_acme-challenge.pelican.example",))
+    (acl,) = [b for b in text.split("  - id: ") if b.startswith("challenges")]
+    assert "    key: a.\n" in acl
+    assert "    action: update\n    update-type: TXT\n" in acl
+    assert "update-owner-match: equal\n    update-owner-name: [_acme-challenge.pelican.ex" in acl
+    assert "challenges" not in knot_conf(world)
+
+
 def test_only_operator_zones_take_updates(world: dict[str, zones.Zone]) -> None:
-    key = knot.UpdateKey("k.", "c2VjcmV0")
-    text = knot.configuration(world, plan.name_server_addresses(), key, folder="/k", run="/r")
+    text = knot_conf(world)
     blocks = text.split("  - domain: ")[1:]
     dynamic = {b.splitlines()[0] for b in blocks if "template: dynamic" in b}
     assert dynamic == {z.name for z in world.values() if z.dynamic}
