@@ -6,6 +6,7 @@ import pulumi
 from pulumi_command import Provider
 
 from components import secrets as given
+from components.certificates import Certificates
 from components.host import Access, ClusterArgs, Fleet
 from components.mail_dns import MailDns, MailDnsArgs, ZoneData, unpublished
 from components.maildrop import MaildropPair
@@ -45,36 +46,43 @@ def dns(stage: Stage, after: list[pulumi.Resource]) -> MailDns:
     return MailDns(f"dns-{stage}", MailDnsArgs(zone_data, settings.zone_ids, stage, after))
 
 
-def cluster(after: list[pulumi.Resource]) -> ClusterArgs:
-    return ClusterArgs(fleet, hypervisors.carriers, secrets, access, after)
+def cluster(
+    after: list[pulumi.Resource], certified: list[pulumi.Resource] | None = None
+) -> ClusterArgs:
+    return ClusterArgs(fleet, hypervisors.carriers, secrets, access, after, certified or ())
 
 
 # Receivers can look up names, keys and policies before the first mail is signed with them.
 names = dns(Stage.HOST, after=[])
 policy = dns(Stage.POLICY, after=[])
 
+# Who talks to whom is proven by a certificate, which two hosts have issued before any daemon needs
+# it. Machines of the other tiers are made meanwhile.
+certificates = Certificates("certificates", cluster(after=names.done))
+certified = certificates.issued
+
 # What leaves and what comes in passes the spam filter. Without it mail flows on unfiltered, so
-# nothing waits for it but the MX.
-rspamd = RspamdCluster("rspamd", cluster(after=names.done))
+# nothing waits for it but the MX. The holders may be members, so it goes on where they end.
+rspamd = RspamdCluster("rspamd", cluster(after=[*names.done, *certificates.done]))
 
 # A user submits to a frontend, which passes the stream on to smtp-out, which signs and delivers,
 # and reads mail through one, at a replica of the mailboxes, or in a browser, by way of webmail. A
 # frontend is healthy only if they answer through it, so they come first.
-smtp_out = SmtpOutCluster("smtp-out", cluster(after=[*names.done, *policy.done]))
-maildrop = MaildropPair("maildrop", cluster(after=names.done))
+smtp_out = SmtpOutCluster("smtp-out", cluster([*names.done, *policy.done], certified))
+maildrop = MaildropPair("maildrop", cluster(names.done, certified))
 webmail = Webmail("webmail", cluster(after=[*smtp_out.done, *maildrop.done]))
 behind = [*smtp_out.done, *maildrop.done, *webmail.done]
 frontends = NginxStreams("nginx-streams", cluster(after=behind))
 
 # Other people's servers bring mail to smtp-in, which forwards it or leads it to the mailboxes.
-smtp_in = SmtpInCluster("smtp-in", cluster(after=[*names.done, *policy.done]))
+smtp_in = SmtpInCluster("smtp-in", cluster([*names.done, *policy.done], certified))
 
 # Servers, hypervisors and routers send what they have to say by smtp-out, like every other machine.
 clients = NullClients("null-clients", cluster(after=[*names.done, *smtp_out.done]))
 
 # The public names of the services lead somewhere only once there is somebody to answer; last of
 # all the mail of the domains is led here.
-everyone = [*rspamd.done, *behind, *frontends.done, *smtp_in.done]
+everyone = [*certificates.done, *rspamd.done, *behind, *frontends.done, *smtp_in.done]
 services = dns(Stage.SERVICE, after=everyone)
 dns(Stage.MX, after=[*everyone, *services.done])
 

@@ -18,6 +18,7 @@ from mailsite.model import Host as SiteHost
 
 #: Roles that the platform builds, in the order of precedence for hosts with several.
 TIERS = (
+    Role.CERTIFICATES,
     *(Role.SMTP_OUT, Role.SMTP_IN, Role.RSPAMD, Role.MAILDROP, Role.WEBMAIL, Role.FRONTEND),
     *CLIENT_ROLES,
 )
@@ -112,7 +113,9 @@ class Access:
 
 @dataclass(frozen=True)
 class HostArgs:
-    """``after`` must be done before anything that serves on this host changes."""
+    """``after`` must be done before anything that serves on this host changes, ``certificates``
+    before its configuration is pushed: the machine may be made meanwhile.
+    """
 
     fleet: Fleet
     host: SiteHost
@@ -120,6 +123,7 @@ class HostArgs:
     secrets: SecretStore
     access: Access
     after: Sequence[pulumi.Resource]
+    certificates: Sequence[pulumi.Resource] = ()
 
 
 class Host(pulumi.ComponentResource):
@@ -171,7 +175,7 @@ class Host(pulumi.ComponentResource):
                 ),
                 provider=args.access.provider,
                 machine=machine,
-                after=args.after,
+                after=[*args.after, *args.certificates],
             ),
             pulumi.ResourceOptions(parent=self),
         )
@@ -183,7 +187,8 @@ class Host(pulumi.ComponentResource):
 class ClusterArgs:
     """What the hosts of one tier are built with.
 
-    ``after`` must be done before the first of them changes.
+    ``after`` must be done before the first of them changes, ``certificates`` before it is
+    configured.
     """
 
     fleet: Fleet
@@ -191,6 +196,7 @@ class ClusterArgs:
     secrets: SecretStore
     access: Access
     after: Sequence[pulumi.Resource] = ()
+    certificates: Sequence[pulumi.Resource] = ()
 
 
 def rolling(
@@ -214,6 +220,7 @@ def rolling(
                     secrets=args.secrets,
                     access=args.access,
                     after=after,
+                    certificates=() if built else args.certificates,
                 ),
                 pulumi.ResourceOptions(parent=parent),
             )

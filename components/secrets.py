@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,10 @@ _PASSWORD_LENGTH = 32  # bcrypt reads 72 bytes, Rspamd 64
 
 _CERTIFICATE = "certificate/"
 _SASL_PASSWORD = "sasl-password/"  # noqa: S105 - a name
+_ACME = "acme/"
+_SSH_PAIRS = ("pull-key/", "holder-key/")
+#: What the graph cannot make, so that the operator has to give it.
+_GIVEN = (_CERTIFICATE, _ACME)
 
 
 class MissingSecretsError(ValueError):
@@ -91,9 +95,11 @@ class SecretStore(pulumi.ComponentResource):
                 continue
             if secret == secret_names.rspamd_controller_hash():
                 self._put(secret, self._controller_hash(args.given, child))
-            elif secret.startswith(_CERTIFICATE):
-                # Only previews come here, see require(): the certificate is not there yet.
+            elif secret.startswith(_GIVEN):
+                # Only previews come here, see require(): it is not there yet.
                 self._put(secret, _unknown())
+            elif secret.startswith(_SSH_PAIRS):
+                self._ssh_pair(secret.removesuffix("/public"), args.given, child)
             else:
                 self._put(secret, _password(secret, child).result)
         #: Makes the digests of secret bundles useless to whoever guesses at their content.
@@ -131,6 +137,16 @@ class SecretStore(pulumi.ComponentResource):
         self._put(secret, password.bcrypt_hash.apply(lambda h: "{BLF-CRYPT}" + h))
         return pulumi.Output.secret(password.result)
 
+    def _ssh_pair(
+        self, secret: str, given: Mapping[str, pulumi.Output[str]], child: pulumi.ResourceOptions
+    ) -> None:
+        """Put both halves of an ssh key; the public one is a secret's name too."""
+        if not self._take(given, secret):
+            kind, _, host = secret.partition("/")
+            pair = tls.PrivateKey(f"{host}-{kind}", algorithm="ED25519", opts=child)
+            self._put(secret, pair.private_key_openssh, pair.public_key_openssh)
+        self._put(secret_names.public(secret), self._public[secret])
+
     def _controller_hash(
         self, given: Mapping[str, pulumi.Output[str]], child: pulumi.ResourceOptions
     ) -> pulumi.Output[str]:
@@ -158,7 +174,7 @@ class SecretStore(pulumi.ComponentResource):
     def _take(self, given: Mapping[str, pulumi.Output[str]], name: str) -> bool:
         if name not in given:
             return False
-        is_pair = name.startswith(("dkim/", "ssh-host-key/"))
+        is_pair = name.startswith(("dkim/", "ssh-host-key/", *_SSH_PAIRS))
         self._put(name, given[name], given[name].apply(public_half) if is_pair else None)
         return True
 
@@ -195,20 +211,30 @@ def require(needed: Iterable[str], given: Mapping[str, pulumi.Output[str]]) -> N
                 " password and hash; give the other one too, run: pulumi config set --secret --path"
                 f" 'mail:secrets[\"{absent[0]}\"]', or remove both to have them generated"
             )
-    missing = sorted(
-        name for name in set(needed) if name.startswith(_CERTIFICATE) and name not in given
-    )
+    missing = sorted(name for name in set(needed) if name.startswith(_GIVEN) and name not in given)
     if not missing:
         return
-    commands = []
-    for name in missing:
-        _, service, part = name.split("/")
-        path = f'mail:certificates["{service}"].{part}'
-        commands.append(f"  pulumi config set --secret --path '{path}' < {service}.{part}.pem")
-    text = "certificates are missing from the stack's configuration; run:\n" + "\n".join(commands)
+    text = "\n".join(_remedies(missing))
     if not pulumi.runtime.is_dry_run():
         raise MissingSecretsError(text)
     pulumi.log.warn(text)
+
+
+def _remedies(missing: Iterable[str]) -> Iterator[str]:
+    """What to run to give the secrets ``missing``, in lines."""
+    command = "  pulumi config set --secret --path"
+    certificates = [name for name in missing if name.startswith(_CERTIFICATE)]
+    if certificates:
+        yield "certificates are missing from the stack's configuration; run:"
+    for name in certificates:
+        _, service, part = name.split("/")
+        path = f'mail:certificates["{service}"].{part}'
+        yield f"{command} '{path}' < {service}.{part}.pem"
+    tokens = [name for name in missing if name.startswith(_ACME)]
+    if tokens:
+        yield "secrets of the ACME client are missing from the stack's configuration; run:"
+    for name in tokens:
+        yield f"{command} 'mail:secrets[\"{name}\"]' < {name.removeprefix(_ACME)}.txt"
 
 
 def public_half(private: str) -> str:

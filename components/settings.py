@@ -21,7 +21,8 @@ from mailsite.model import Platform
 _ZONE_ID = re.compile(r"[0-9a-f]{32}")
 _SECRET_NAME = re.compile(
     r"(dkim/[^/]+/[^/]+|(sasl|sasl-password|mailbox)/[^/]+|ssh-host-key/[^/]+|srs/[^/]+"
-    r"|redis/password|rspamd/controller-password|pairsync/secret|roundcube/des-key)"
+    r"|redis/password|rspamd/controller-password|pairsync/secret|roundcube/des-key"
+    r"|acme/[A-Z0-9_]+|(pull|holder)-key/[^/]+)"
 )
 #: Those that go into configuration files as they are.
 _WORD = re.compile(r"(srs/.*|redis/password|rspamd/controller-password|pairsync/secret)")
@@ -167,7 +168,8 @@ def _secrets(config: pulumi.Config) -> Mapping[str, pulumi.Output[str]]:
                 f"mail:secrets: {name!r} is no secret of the platform; write"
                 " 'dkim/<domain>/<selector>', 'sasl/<user>', 'mailbox/<name>', 'srs/<key>',"
                 " 'ssh-host-key/<host>', 'sasl-password/<user>', 'redis/password',"
-                " 'rspamd/controller-password', 'pairsync/secret' or 'roundcube/des-key'"
+                " 'rspamd/controller-password', 'pairsync/secret', 'roundcube/des-key',"
+                " 'acme/<VARIABLE>', 'pull-key/<host>' or 'holder-key/<host>'"
             )
         if not isinstance(value, str) or not value.strip():
             raise SettingsError(f"mail:secrets: {name} is no text; set it with --secret --path")

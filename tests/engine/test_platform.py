@@ -84,14 +84,20 @@ def make(engine: Engine, folder: Path, platform: Platform) -> Project:
             "mail:certificates": json.dumps(
                 {name: {"chain": PEM, "key": PEM} for name in _certified(platform)}
             ),
+            "mail:secrets": json.dumps(
+                {name: "invented" for name in _needed(platform) if name.startswith("acme/")}
+            ),
         },
     )
 
 
 def _certified(platform: Platform) -> set[str]:
     """Names that some host must prove to be."""
-    secrets = {name for host in platform.hosts.values() for name in required(platform, host)}
-    return {name.split("/")[1] for name in secrets if name.startswith("certificate/")}
+    return {n.split("/")[1] for n in _needed(platform) if n.startswith("certificate/")}
+
+
+def _needed(platform: Platform) -> set[str]:
+    return {name for host in platform.hosts.values() for name in required(platform, host)}
 
 
 @pytest.fixture(scope="module")

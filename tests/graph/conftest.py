@@ -27,21 +27,24 @@ def stack_config(site: str) -> dict[str, Any]:
 
 
 @cache
-def certified(site: str) -> frozenset[str]:
-    """The names that some host of the committed site must prove to be."""
+def needed(site: str) -> frozenset[str]:
+    """The secrets that some host of the committed site asks for."""
     platform = load_platform(ROOT / site)
-    wanted = {name for host in platform.hosts.values() for name in required(platform, host)}
-    return frozenset(name.split("/")[1] for name in wanted if name.startswith("certificate/"))
+    return frozenset(n for host in platform.hosts.values() for n in required(platform, host))
 
 
 def live_config(stack: str, /, **changes: Any) -> dict[str, Any]:
     """What the operator of a live platform has set, with marked secrets."""
     config = stack_config(stack)
+    wanted = sorted(needed(config["site"]))
+    certified = [name.split("/")[1] for name in wanted if name.startswith("certificate/")]
+    tokens = {name: f"{MARK} {name}" for name in wanted if name.startswith("acme/")}
     certificate = {"chain": "-----BEGIN CERTIFICATE-----", "key": f"-----BEGIN KEY----- {MARK}"}
     return config | {
         "live": "true",
         "deployKey": f"KEY {MARK}",
-        "certificates": dict.fromkeys(sorted(certified(config["site"])), certificate),
+        "certificates": dict.fromkeys(certified, certificate),
+        **({"secrets": tokens} if tokens else {}),
         **changes,
     }
 
@@ -77,6 +80,34 @@ def graph(site: str, graphs: Callable[[str, bool], Graph]) -> Graph:
 @pytest.fixture(scope="session")
 def preview(site: str, graphs: Callable[[str, bool], Graph]) -> Graph:
     return graphs(site, True)
+
+
+@pytest.fixture(scope="session")
+def acme_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example, with a certificate of its own that the hosts of its spam filter hold."""
+    folder = tmp_path_factory.mktemp("acme") / "site"
+    shutil.copytree(ROOT / "sites/example", folder)
+    yaml = YAML()
+    site, topology = (yaml.load(folder / name) for name in ("site.yaml", "topology.yaml"))
+    acme = {
+        "provider": "cloudflare",
+        "secrets": ["CLOUDFLARE_DNS_API_TOKEN"],
+        "email": "hostmaster@example.org",
+    }
+    site["certificates"] = {"acme": acme}
+    for host in topology["hosts"].values():
+        if "rspamd" in host["roles"]:
+            host["roles"] = ["certificates", "rspamd"]
+    yaml.dump(site, folder / "site.yaml")
+    yaml.dump(topology, folder / "topology.yaml")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def acme(acme_site: Path) -> Graph:
+    """The graph of :func:`acme_site`."""
+    token = {"acme/CLOUDFLARE_DNS_API_TOKEN": f"{MARK} token"}
+    return build(live_config("example", site=str(acme_site), secrets=token))
 
 
 @pytest.fixture

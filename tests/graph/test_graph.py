@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pulumi
@@ -92,6 +93,7 @@ def test_names_and_types_follow_one_scheme(graph: Graph, platform: Platform) -> 
         "mail:index:SmtpInCluster",
         "mail:index:SmtpOutCluster",
         "mail:index:Webmail",
+        *(["mail:index:Certificates"] if platform.certificates else []),
     }
     if any(platform.members(role) for role in CLIENT_ROLES):
         owners.add("mail:index:NullClients")
@@ -231,7 +233,24 @@ def test_clusters_change_side_by_side(graph: Graph, platform: Platform) -> None:
         start = command(graph, platform.members(role)[0].name, "config")
         for other in (o for o in apart if o is not role):
             for member in platform.members(other):
-                assert not graph.reaches(start, command(graph, member.name, "config").urn)
+                if Role.CERTIFICATES not in member.roles:
+                    assert not graph.reaches(start, command(graph, member.name, "config").urn)
+
+
+def test_whoever_shows_the_certificate_is_configured_once_it_is_issued(
+    acme: Graph, acme_site: Path
+) -> None:
+    """The first holder suffices, and machines are made meanwhile."""
+    graph, platform = acme, load_platform(acme_site)
+    first, second = (h.name for h in platform.members(Role.CERTIFICATES))
+    issued = command(graph, first, "confirm").urn
+    for role in (Role.SMTP_OUT, Role.SMTP_IN, Role.MAILDROP):
+        members = platform.members(role)
+        assert not graph.reaches(graph.one(DOMAIN, members[0].name), issued)
+        for member in members:
+            push = command(graph, member.name, "secrets")
+            assert graph.reaches(push, issued)
+            assert not graph.reaches(push, command(graph, second, "config").urn)
 
 
 def test_no_dependency_is_circular(graph: Graph) -> None:
@@ -241,6 +260,17 @@ def test_no_dependency_is_circular(graph: Graph) -> None:
             for urn in found.dependencies
             if urn in graph.registrations
         )
+
+
+def test_the_holders_belong_to_the_certificates_and_end_before_the_other_filters(
+    acme: Graph, acme_site: Path
+) -> None:
+    for host in load_platform(acme_site).members(Role.CERTIFICATES):
+        found = acme.one("mail:index:Host", host.name)
+        assert acme.registrations[found.parent].type == "mail:index:Certificates"
+        stdin = command(acme, host.name, "secrets").inputs["stdin"]
+        assert f"{MARK} token" in stdin
+        assert f"OPENSSH {MARK} {host.name}-holder-key" in stdin
 
 
 # -- providers --------------------------------------------------------------------------------
@@ -469,7 +499,8 @@ def test_no_secret_is_visible_in_any_input(graph: Graph) -> None:
 def test_the_marked_secrets_do_arrive_where_they_are_needed(
     graph: Graph, platform: Platform
 ) -> None:
-    certificate = f"-----BEGIN KEY----- {MARK}"
+    given = platform.certificates is None
+    certificate = f"-----BEGIN KEY----- {MARK}" if given else f"OPENSSH {MARK}"
     wanted = {
         Role.SMTP_OUT: (f"PEM {MARK} dkim-", certificate, "{BLF-CRYPT}$2a$10$"),
         Role.SMTP_IN: (f"{MARK} srs-", certificate),

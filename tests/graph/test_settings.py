@@ -65,8 +65,10 @@ def test_up_refuses_a_stack_that_says_that_it_is_not_live() -> None:
 def test_a_preview_of_the_committed_stacks_works_as_they_are(stack: str) -> None:
     graph = build(stack_config(stack), preview=True)
     assert graph.of_type(COMMAND)
-    (warning,) = [line for line in graph.log if "certificates are missing" in line]
-    assert "pulumi config set --secret --path 'mail:certificates[" in warning
+    (warning,) = [line for line in graph.log if "missing from the stack's config" in line]
+    acme = load_platform(ROOT / stack_config(stack)["site"]).certificates
+    key = "certificates" if acme is None else "secrets"
+    assert f"pulumi config set --secret --path 'mail:{key}[" in warning
 
 
 def test_a_preview_without_certificates_has_the_resources_of_an_update() -> None:
@@ -107,6 +109,14 @@ def test_existing_machines_of_a_rehearsal_have_keys_of_their_own(
 
 
 # -- what is missing or wrong -----------------------------------------------------------------
+
+
+def test_up_without_the_token_of_the_acme_client_names_the_command_that_gives_it(
+    acme_site: Path,
+) -> None:
+    text = refusal(live_config("example", site=str(acme_site)))
+    name = "acme/CLOUDFLARE_DNS_API_TOKEN"
+    assert f"--secret --path 'mail:secrets[\"{name}\"]' < CLOUDFLARE_DNS_API_TOKEN.txt" in text
 
 
 def test_up_without_a_certificate_names_the_command_that_gives_it() -> None:
