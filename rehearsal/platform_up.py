@@ -14,6 +14,7 @@ from typing import Any
 
 from mailsite.loader import load_platform
 from mailsite.model import CLIENT_ROLES, Host, Platform
+from mailsite.secret_names import acme_secret
 from rehearsal import cleanup, engine, existing, image, network, program, secrets, tools
 from rehearsal.ca import Authority
 from rehearsal.progress import Progress, RehearsalError, wait_for
@@ -122,7 +123,7 @@ def up(site: Site, state: State, progress: Progress) -> dict[str, int]:
         overlay=state.world_overlay,
         deploy_key=secrets.operator_key(state),
         certificates=secrets.certificates(state, platform, hosts),
-        given=rehearsal_passwords(state.root, platform),
+        given={**rehearsal_passwords(state.root, platform), **_acme_secrets(platform, world)},
         # A stack without any is that of an operator who loads the zones' text elsewhere.
         zone_ids={zone.rstrip("."): world.zone_id(zone) for zone in world.zone_names},
     )
@@ -160,6 +161,13 @@ def _at_once(steps: Sequence[Step], progress: Progress) -> None:
         future.result()
 
 
+def _acme_secrets(platform: Platform, world: World) -> dict[str, str]:
+    """What the ACME client changes the world's DNS with, by names of secrets."""
+    if platform.certificates is None:
+        return {}
+    return {acme_secret(variable): value for variable, value in world.acme_secrets.items()}
+
+
 def _write_overlay(
     state: State,
     platform: Platform,
@@ -167,12 +175,15 @@ def _write_overlay(
     operators: Sequence[existing.ExistingMachine],
 ) -> None:
     """What the world is like: the only thing that a rehearsal changes in the site data."""
-    overlay = {
+    overlay: dict[str, Any] = {
         "trust_anchors": list(world.trust_anchors),
         "ca_certificates": [Authority(state.ca).root_pem],
         "resolvers": list(existing.resolvers()),
         "ssh_host_keys": {e.host.name: e.public_key for e in operators},
     }
+    if platform.certificates is not None:
+        overlay["acme"] = world.acme_access
+        overlay["ca_certificates"] = [*overlay["ca_certificates"], world.acme_root]
     text = json.dumps(overlay, indent=1) + "\n"
     path = state.world_overlay
     if not path.exists() or path.read_text(encoding="utf-8") != text:

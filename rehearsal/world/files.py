@@ -25,6 +25,7 @@ MAIL = "/srv/world/mail"
 RUN = "/srv/world/run"
 MIRROR = "/srv/world/debian"
 ANCHOR = f"{ETC}/root.ds"
+ACME_MANAGEMENT_PORT = 15000
 CONTROL_FILE = "control.json"
 STATE_FILE = "state.json"
 LISTS_CONTROL_FILE = "lists-control.json"
@@ -57,6 +58,7 @@ _STARTED = (
     "world-unbound",
     "world-mx",
     "world-nginx",
+    "world-acme",
 )
 
 _ADDRESSES_UNIT = f"""\
@@ -157,6 +159,23 @@ PrivateTmp=yes
 Restart=on-failure
 """
 
+_ACME_UNIT = f"""\
+[Unit]
+Description=Certificate authority of the outside world
+Wants=world-addresses.service world-unbound.service
+After=world-addresses.service world-unbound.service
+[Service]
+DynamicUser=yes
+AmbientCapabilities=CAP_NET_BIND_SERVICE
+CapabilityBoundingSet=CAP_NET_BIND_SERVICE
+LoadCredential=chain:{ETC}/certificates/{plan.ACME_NAME}.pem
+LoadCredential=key:{ETC}/certificates/{plan.ACME_NAME}.key
+# It asks for everything at once, and refuses no nonce: its rehearsal of bad days is not ours.
+Environment=PEBBLE_VA_NOSLEEP=1 PEBBLE_WFE_NONCEREJECT=0
+ExecStart=pebble -config {ETC}/pebble.json -dnsserver 127.0.0.1:53
+Restart=on-failure
+"""
+
 # Which files, by prefix, a unit has to be restarted for.
 _READS = {
     "world-addresses": (f"{ETC}/addresses",),
@@ -166,6 +185,7 @@ _READS = {
     "world-unbound": (f"{ETC}/unbound.conf",),
     "world-mx": (f"{ETC}/mx.json", f"{ETC}/certificates/", f"{CODE}/mx/"),
     "world-nginx": (f"{ETC}/nginx.conf",),
+    "world-acme": (f"{ETC}/pebble.json", f"{ETC}/certificates/{plan.ACME_NAME}."),
 }
 
 
@@ -173,6 +193,8 @@ def contents(
     *,
     zones: Mapping[str, Zone],
     key: knot.UpdateKey,
+    acme: knot.UpdateKey,
+    challenges: Sequence[str],
     authority: Authority,
     dane: Issued,
     takes: Mapping[str, Sequence[str]],
@@ -181,6 +203,7 @@ def contents(
 ) -> dict[str, str]:
     """Every file of the machine: path -> content. A target that begins with ``->`` is a link.
 
+    :param acme: the ACME client's key, and ``challenges`` the names that it may change.
     :param dane: the self-signed certificate that the TLSA record vouches for.
     :param takes: domains that a mail server takes mail for beside its own, by its name.
     :param mailboxes: the users that exist on the operator's old server, by domain; in its other
@@ -195,6 +218,7 @@ def contents(
         "world-unbound": _UNBOUND_UNIT,
         "world-mx": _MX_UNIT,
         "world-nginx": _NGINX_UNIT,
+        "world-acme": _ACME_UNIT,
     }
     found = {f"{_UNITS}/{name}.service": text for name, text in units.items()}
     found |= {
@@ -209,8 +233,15 @@ def contents(
         f"{ETC}/addresses": _address_batch(),
         f"{ETC}/zones.json": _zone_plan(zones),
         f"{ETC}/knot.conf": knot.configuration(
-            zones, plan.name_server_addresses(), key, folder=KNOT, run="/run/world-knot"
+            zones,
+            plan.name_server_addresses(),
+            key,
+            acme=acme,
+            challenges=challenges,
+            folder=KNOT,
+            run="/run/world-knot",
         ),
+        f"{ETC}/pebble.json": _pebble_json(),
         f"{ETC}/unbound.conf": _unbound_conf(),
         f"{ETC}/nginx.conf": _nginx_conf(),
         f"{ETC}/mx.json": _mail_settings(takes, mailboxes),
@@ -374,6 +405,21 @@ def _mail_settings(
     return json.dumps(document, indent=1)
 
 
+def _pebble_json() -> str:
+    credentials = "/run/credentials/world-acme.service"
+    settings = {
+        "listenAddress": ":443",
+        "managementListenAddress": f"127.0.0.1:{ACME_MANAGEMENT_PORT}",
+        "certificate": f"{credentials}/chain",
+        "privateKey": f"{credentials}/key",
+        "httpPort": 80,
+        "tlsPort": 443,
+        "certificateValidityPeriod": 90 * 86400,
+        "retryAfter": {"authz": 1, "order": 1},
+    }
+    return json.dumps({"pebble": settings}, indent=1)
+
+
 def _certificate_paths(name: str) -> dict[str, str]:
     folder = f"{ETC}/certificates"
     return {"chain": f"{folder}/{name}.pem", "key": f"{folder}/{name}.key"}
@@ -383,7 +429,10 @@ def _certificates(
     authority: Authority, dane: Issued, mailbox_domains: Sequence[str]
 ) -> dict[str, str]:
     """The old server's certificate is also for the names under which it holds mailboxes."""
-    found = {"wrong": authority.issue(["somebody.else.example"])}
+    found = {
+        "wrong": authority.issue(["somebody.else.example"]),
+        plan.ACME_NAME: authority.issue([plan.ACME_NAME]),
+    }
     for mx in plan.MAIL_SERVERS.values():
         if mx.tls is plan.Tls.AUTHORITY:
             more = mailbox_domains if mx is plan.HOME else ()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,23 +24,31 @@ from rehearsal.world.zones import Zone
 
 ALGORITHM = "hmac-sha256"
 _KEY_NAME = "operator.rehearsal."
+_ACME_KEY_NAME = "acme.rehearsal."
 
 
 @dataclass(frozen=True)
 class UpdateKey:
-    """The TSIG key (RFC 8945) that allows DNS updates of operator zones, and zone transfers."""
+    """A TSIG key (RFC 8945) for DNS updates of operator zones: the operator's own may change and
+    transfer everything, that of the ACME client only answer challenges.
+    """
 
     name: str
     secret: str
 
     @classmethod
-    def kept(cls, path: Path) -> UpdateKey:
+    def kept(cls, path: Path, name: str = _KEY_NAME) -> UpdateKey:
         """The key in ``path``, made and written there (0600) when it is missing."""
         if not path.exists():
             secret = base64.b64encode(secrets.token_bytes(32)).decode("ascii")
-            write_atomic(path, json.dumps({"name": _KEY_NAME, "secret": secret}))
+            write_atomic(path, json.dumps({"name": name, "secret": secret}))
         value = json.loads(path.read_text(encoding="ascii"))
         return cls(value["name"], value["secret"])
+
+    @classmethod
+    def of_acme(cls, path: Path) -> UpdateKey:
+        """The key of the ACME client, kept in ``path``."""
+        return cls.kept(path, _ACME_KEY_NAME)
 
     @property
     def keyring(self) -> dict[dns.name.Name, dns.tsig.Key]:
@@ -62,10 +70,14 @@ def configuration(
     addresses: Iterable[IPAddress],
     key: UpdateKey,
     *,
+    acme: UpdateKey,
+    challenges: Sequence[str],
     folder: str,
     run: str,
 ) -> str:
     """``knot.conf``.
+
+    :param acme: the key that may change TXT records of the names ``challenges`` alone.
 
     :param addresses: what the server listens on.
     :param folder: where zone files, journals and DNSSEC keys are, on the machine.
@@ -90,7 +102,11 @@ def configuration(
         f"  - id: {key.name}",
         f"    algorithm: {ALGORITHM}",
         f"    secret: {key.secret}",
+        f"  - id: {acme.name}",
+        f"    algorithm: {ALGORITHM}",
+        f"    secret: {acme.secret}",
         "acl:",
+        *_challenge_acl(acme, challenges),
         "  - id: operator",
         f"    key: {key.name}",
         "    action: [transfer, update]",
@@ -122,7 +138,7 @@ def configuration(
         "    zonefile-load: whole",
         "    zonefile-sync: 0",
         "    journal-content: changes",
-        "    acl: operator",
+        f"    acl: [{'operator, challenges' if challenges else 'operator'}]",
         "zone:",
     ]
     for name, zone in sorted(zones.items()):
@@ -133,3 +149,15 @@ def configuration(
             f"    dnssec-signing: {'on' if zone.signed else 'off'}",
         ]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _challenge_acl(key: UpdateKey, names: Sequence[str]) -> Iterator[str]:
+    """What a provider that can limit a token would allow: challenges, and nothing else."""
+    if names:
+        yield "  - id: challenges"
+        yield f"    key: {key.name}"
+        yield "    action: update"
+        yield "    update-type: TXT"
+        yield "    update-owner: name"
+        yield "    update-owner-match: equal"
+        yield f"    update-owner-name: [{', '.join(f'{name}.' for name in names)}]"

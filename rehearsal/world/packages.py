@@ -10,6 +10,7 @@ PACKAGES = (
     "knot-dnsutils",
     "nginx-light",
     "openssl",
+    "pebble",
     "publicsuffix",
     "python3-aiosmtpd",
     "python3-authres",

@@ -207,6 +207,10 @@ RESOLVER = _pair("198.18.53.53", "2001:2:0:53::53")
 MIRROR = _pair("198.18.80.1", "2001:2:0:80::1")
 MIRROR_NAMES = ("deb.debian.org", "security.debian.org")
 
+ACME = _pair("198.18.90.1", "2001:2:0:90::1")
+ACME_NAME = "acme.authority.example"
+"""The certificate authority that the operator's hosts ask for certificates."""
+
 LEG = _pair("192.0.2.2", "2001:db8:ffff::2")
 """The world's own leg towards the platform's routers; DNS updates and transfers go there."""
 LEG_PREFIXES = (24, 64)
@@ -226,6 +230,7 @@ def service_addresses() -> tuple[IPAddress, ...]:
         LISTS,
         RESOLVER,
         MIRROR,
+        ACME,
         *(mx.addresses for mx in MAIL_SERVERS.values()),
     )
     return tuple(address for pair in pairs for address in pair)

@@ -28,7 +28,9 @@ import dns.rcode
 import dns.update
 import dns.zone
 
+from mailsite.bundle import asked_names
 from mailsite.model import IPAddress, Platform
+from mailsite.roles.certificates import challenge_names
 from rehearsal import network
 from rehearsal.ca import Authority
 from rehearsal.image import Layers
@@ -263,6 +265,8 @@ class World:
         return files.contents(
             zones=self._zones(),
             key=self.update_key,
+            acme=self.acme_key,
+            challenges=self._challenges(),
             authority=authority,
             dane=dane,
             takes={
@@ -273,6 +277,12 @@ class World:
             mailboxes={site.maildrop_domain: sorted(site.mailboxes)},
             lists=zones.list_zones(site),
         )
+
+    def _challenges(self) -> tuple[str, ...]:
+        if self._platform.certificates is None:
+            return ()
+        asked = asked_names(self._platform).values()
+        return challenge_names(self._platform, (name for names in asked for name in names))
 
     def _zones(self) -> dict[str, zones.Zone]:
         authority = Authority(self._state.ca)
@@ -320,6 +330,7 @@ class World:
             ("block lists", self._lists_missing),
             ("mail servers", self._mail_missing),
             ("package mirror", self._mirror_missing),
+            ("certificate authority", self._acme_missing),
         ):
             try:
                 wait_for(partial(answers, condition), timeout=_READY_SECONDS, what=what)
@@ -384,6 +395,14 @@ class World:
                 return f"{address}: status {status}"
         return ""
 
+    def _acme_missing(self) -> str:
+        for address in plan.ACME:
+            try:
+                self._insider.connect(address, 443, timeout=5).close()
+            except OSError as error:
+                return f"{address}: {error}"
+        return ""
+
     def fetch(self, address: IPAddress, path: str, host: str = plan.MIRROR_NAMES[0]) -> int:
         """Status of a GET request to the mirror."""
         connection = http.client.HTTPConnection(host, timeout=5)
@@ -393,6 +412,48 @@ class World:
             return connection.getresponse().status
         finally:
             connection.close()
+
+    # Certificates -------------------------------------------------------------------------
+
+    @property
+    def acme_key(self) -> knot.UpdateKey:
+        """The key that the ACME client changes challenge records with."""
+        return knot.UpdateKey.of_acme(self._folder / "acme-tsig.json")
+
+    @property
+    def acme_access(self) -> dict[str, Any]:
+        """How certificates are got here, for :class:`mailsite.model.AcmeAccess`."""
+        server = next(iter(plan.NAME_SERVERS.values())).ipv4
+        return {
+            "directory": f"https://{plan.ACME_NAME}/dir",
+            "provider": "rfc2136",
+            "environment": {
+                "RFC2136_NAMESERVER": f"{server}:53",
+                "RFC2136_TSIG_KEY": self.acme_key.name,
+                "RFC2136_TSIG_ALGORITHM": f"{knot.ALGORITHM}.",
+                "RFC2136_PROPAGATION_TIMEOUT": "30",
+                "RFC2136_POLLING_INTERVAL": "1",
+                "RFC2136_SEQUENCE_INTERVAL": "0",
+            },
+            "secrets": list(self.acme_secrets),
+        }
+
+    @property
+    def acme_secrets(self) -> dict[str, str]:
+        """Variable of the ACME client -> secret."""
+        return {"RFC2136_TSIG_SECRET": self.acme_key.secret}
+
+    @property
+    def acme_root(self) -> str:
+        """The root certificate of the authority, PEM: another one each time that it starts."""
+        read = (
+            "import ssl, sys, urllib.request as web\n"
+            "unverified = ssl._create_unverified_context()\n"
+            "with web.urlopen(sys.argv[1], context=unverified) as answer:\n"
+            "    sys.stdout.write(answer.read().decode())\n"
+        )
+        url = f"https://127.0.0.1:{files.ACME_MANAGEMENT_PORT}/roots/0"
+        return self.machine.run(["python3", "-I", "-c", read, url]).stdout
 
     # DNS ----------------------------------------------------------------------------------
 

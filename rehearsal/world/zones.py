@@ -232,6 +232,8 @@ def _own_zones(tlsa: Mapping[str, str]) -> Iterator[Zone]:
         "debian.org.",
         records=tuple(r for n in plan.MIRROR_NAMES for r in _address(f"{n}.", plan.MIRROR)),
     )
+    authority = plan.ACME_NAME.partition(".")[2]
+    yield Zone(f"{authority}.", records=tuple(_address(f"{plan.ACME_NAME}.", plan.ACME)))
     yield Zone("root-servers.net.", records=tuple(_root_glue()))
     yield Zone(
         "dns.example.",
