@@ -1,6 +1,7 @@
 """Every check of the project: importing this module registers them all."""
 
 from verify import (
+    certificates,
     change,
     host,
     mail_dns,
@@ -22,6 +23,7 @@ MODULES = (
     webmail,
     nginx_streams,
     null_clients,
+    certificates,
     mail_dns,
     host,
     change,

@@ -466,14 +466,31 @@ class LabMachine:
             key: PEM.
         """
         path = self.run("postconf", "-hx", "smtpd_tls_chain_files").split(",")[0].strip()
-        self.run("cp", "-p", "--", path, f"{path}.verify-kept")
+        with self.replaced_certificate(path, chain, key):
+            try:
+                self._reload_postfix()
+                yield
+            finally:
+                self.run("mv", "-f", "--", f"{path}.verify-kept", path)
+                self._reload_postfix()
+
+    @contextmanager
+    def replaced_certificate(self, path: str, chain: str, key: str) -> Iterator[None]:
+        """Another certificate lies at ``path``, and the host does not pull its own meanwhile.
+
+        Whoever asks for it puts ``<path>.verify-kept`` back, and tells the daemons.
+        """
+        timer = "mail-certificates-pull.timer"
+        pulls = self.call("systemctl", "is-active", "--quiet", timer).returncode == 0
+        if pulls:
+            self.run("systemctl", "stop", timer, "mail-certificates-pull.service")
         try:
+            self.run("cp", "-p", "--", path, f"{path}.verify-kept")
             self.run("tee", path, input=key + chain)
-            self._reload_postfix()
             yield
         finally:
-            self.run("mv", "-f", "--", f"{path}.verify-kept", path)
-            self._reload_postfix()
+            if pulls:
+                self.run("systemctl", "start", timer)
 
     def _reload_postfix(self) -> None:
         """Without the seconds of checking that `postfix reload` takes first."""

@@ -1163,14 +1163,13 @@ def _wrong_certificate(ctx: Context) -> Iterator[tuple[int, ...]]:
     _, chain, key = next(ctx.lab.wrong_certificates(replica.name))
     machine = ctx.lab.machine(replica)
     path = certificate_path(replica.name)
-    machine.run("cp", "-p", "--", path, f"{path}.verify-kept")
-    try:
-        machine.run("tee", path, input=key + chain)
-        machine.run("systemctl", "restart", "pairsync.service")
-        yield (0, 1)
-    finally:
-        machine.run("mv", "-f", "--", f"{path}.verify-kept", path)
-        machine.run("systemctl", "restart", "pairsync.service")
+    with machine.replaced_certificate(path, chain, key):
+        try:
+            machine.run("systemctl", "restart", "pairsync.service")
+            yield (0, 1)
+        finally:
+            machine.run("mv", "-f", "--", f"{path}.verify-kept", path)
+            machine.run("systemctl", "restart", "pairsync.service")
 
 
 @contextmanager

@@ -62,6 +62,11 @@ class Tables:
                 }
             case Role.WEBMAIL:
                 return {443: hosts(Role.FRONTEND)}
+            case Role.CERTIFICATES if self.platform.certificates is not None:
+                roles = [Role.CERTIFICATES, Role.SMTP_OUT, Role.SMTP_IN, Role.MAILDROP]
+                if self.platform.serving(Role.WEBMAIL):
+                    roles += [Role.WEBMAIL, Role.FRONTEND]
+                return {self.platform.certificates.port: hosts(*roles)}
             case Role.FRONTEND:
                 mailboxes = {993: ANYONE, 4190: self.editors} if self.editors else {}
                 web = {443: ANYONE} if self.platform.serving(Role.WEBMAIL) else {}
