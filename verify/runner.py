@@ -13,7 +13,7 @@ from verify.context import Context, describe
 from verify.registry import Check, Failed, Phase, Skipped
 from verify.report import Report, Result, Status
 
-WORKERS = 12
+WORKERS = 8
 """Checks side by side. They mostly wait for the platform."""
 
 Progress = Callable[[str], None]
