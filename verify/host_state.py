@@ -83,6 +83,12 @@ ALLOWED: tuple[Allowed, ...] = (
         "the other one starts, or had no processor; both join again, and BOX-10 and SPAM-6"
         " see how soon",
     ),
+    Allowed(
+        "rspamd",
+        "timeout while connecting the server",
+        "Redis had no processor for half a second; mail goes on without what it knows, and SPAM-2"
+        " and OUT-8 see that it counts",
+    ),
     Allowed("redis", r"^[+-](monitor|sdown|tilt)", "Sentinel's own notes; SPAM-6 sees who serves"),
     Allowed(
         "smtpd", "purge_task: opendir", "OpenSMTPD's first start: nothing to purge is there yet"

@@ -113,6 +113,13 @@ class Image:
         assert done.returncode == 0, f"the machine does not come up: {done.stderr}"
         return [Result(*result) for result in json.loads(done.stdout)]
 
+    @contextmanager
+    def prepared(self, files: Mapping[str, File]) -> Iterator[tuple[str, Path]]:
+        """The layers as overlayfs takes them, and folders for what a machine writes."""
+        root = self._root(files)
+        with _upper(root, files) as top:
+            yield root.lower, top
+
     def run_one(self, files: Mapping[str, File], *command: str) -> Result:
         return self.run(files, [Step(command)])[0]
 

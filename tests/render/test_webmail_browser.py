@@ -212,6 +212,9 @@ def both(platform: Platform, authority: Authority) -> dict[str, File]:
     """The files of a replica and of webmail together, with certificates of one authority."""
     host = platform.members(Role.WEBMAIL)[0]
     files = {**replica(platform), **all_files(platform, host)}
+    # Of the two mail servers the replica's is there: they exclude each other.
+    for path in ("/etc/smtpd.conf", "/etc/mail/aliases", "/etc/mail/secrets"):
+        files.pop(path, None)
     for path in [p for p in files if p.startswith("/etc/certs/")]:
         issued = authority.issue([path.split("/")[3]])
         files[path] = replace(files[path], content=issued.key + issued.chain)
@@ -245,10 +248,10 @@ def running(image: Image, platform: Platform, folder: Path) -> Iterator[Machine]
     }
     hosts = f"127.0.0.1 localhost\n{inside} {platform.webmail_backend}\n"
     files = both(platform, authority) | {"/etc/hosts": File(hosts)}
-    with image._upper(files) as top:
+    with image.prepared(files) as (lower, top):
         argv = [
             *("unshare", "--mount", "--net", "--uts", "--pid", "--fork", "--kill-child"),
-            *("sh", "-c", _ENTER, "sh", image._lower),
+            *("sh", "-c", _ENTER, "sh", lower),
             *(str(top / part) for part in ("upper", "work", "root")),
         ]
         process = subprocess.Popen(
