@@ -72,13 +72,18 @@ class Roundcube:
 
     def read(self, subject: str) -> str:
         """Open the mail in the inbox with ``subject``. Returns the text of its body."""
+        from playwright.sync_api import TimeoutError as Late  # a second that other checks spare
+
         page = self._page
         row = page.locator("#messagelist tbody tr", has_text=subject)
-        for _ in range(int(SECONDS)):
-            if row.count():
+        for _ in range(int(SECONDS / 2)):
+            try:
+                row.first.wait_for(state="attached", timeout=2000)
                 break
-            page.evaluate("rcmail.command('checkmail')")
-            page.wait_for_timeout(1000)
+            except Late:
+                # Anew, and not by its refresh, which leaves out what another session saw first.
+                self._go("_task=mail&_mbox=INBOX")
+                self._arrive("#messagelist")
         identifier = row.first.locator("td.subject a").first.get_attribute("href") or ""
         uid = re.search(r"_uid=(\d+)", identifier)
         assert uid is not None, f"the list's row leads to {identifier!r}"
