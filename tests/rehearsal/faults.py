@@ -45,18 +45,23 @@ def changed_by_hand(
         for command in commands:
             machine.run(*command)
         if restart:
-            machine.run("systemctl", "restart", restart)
-            _wait(machine, restart)
+            _restart(machine, restart)
         yield machine
     finally:
         machine.apply()
         if restart:
-            machine.run("systemctl", "restart", restart)
-            _wait(machine, restart)
+            _restart(machine, restart)
 
 
-def _wait(machine: LabMachine, unit: str) -> None:
+def _restart(machine: LabMachine, unit: str) -> None:
+    machine.call("systemctl", "reset-failed", unit)  # systemd counts how often a unit starts
+    machine.run("systemctl", "restart", unit)
     eventually(lambda: machine.run("systemctl", "is-active", unit), seconds=10)
+    if unit == "opensmtpd.service":  # it forks before it listens
+        eventually(
+            lambda: expect(machine.run("ss", "-Hltn", "sport = :25"), f"{machine.name} is silent"),
+            seconds=10,
+        )
 
 
 @contextmanager
