@@ -25,7 +25,7 @@ def the_pair() -> Iterator[Pair]:
     if missing:
         pytest.skip(f"a pair of Dovecots needs {' '.join(missing)}")
     try:
-        layers = image.ensure(Progress()).mail
+        layers = image.ensure(Progress()).postfix
     except RehearsalError as error:
         pytest.skip(f"no image of a host: {error}")
     folder = Path(tempfile.mkdtemp(prefix="pairsync-", dir="/var/tmp"))
