@@ -13,9 +13,8 @@ line. Each proves that it knows the shared secret, without showing it, before it
             where one of the two suspects that mails were left out (pairsync.repair),
             {"repair": {folder: uid}, "deleted": {...}}
     client: {"after": {folder: uid}}                server: {"mails": {folder: [[uid, guid]]},
-                                                             "taken": {folder: [[uid, guid]]}}
-    client: {"renumber": {folder: [uid]},
-             "expunge": {folder: [uid]}}            server: {"go": true}
+                                                             "taken": {folder: [uid]}}
+    client: {"renumber": {folder: [uid]}}           server: {"go": true}
     both:   the bytes of dsync in frames (pairsync.relay), until both have ended
     client: {"well": whether the run ended well}, and then the next "run"
     server: {"error": ...} in place of any of its lines

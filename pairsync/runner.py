@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pairsync import repair
 from pairsync.config import Config
@@ -187,10 +186,7 @@ class Runner:
                 traffic.count(0)
                 self._suspects.add(job.user)
                 carrier = _Carrier(slot, grant, traffic, seconds)
-                before = self._expunged(job.user)
                 reply = await carrier.sync(self._doveadm, job.user, state)
-                if meanwhile := self._expunged(job.user) - before:
-                    await repair.bury(self._doveadm, job.user, meanwhile)
                 if reply is None:
                     return Outcome.STALLED, f"nothing moved for {seconds:g} s"
                 return self._judge(job, reply, deleted, state, traffic)
@@ -235,16 +231,13 @@ class Runner:
         await send(grant.link.writer, {"after": after})
         mine = await repair.look(self._doveadm, user, after, self._expunged(user))
         answer = await receive(grant.link.reader, _REPAIR_SECONDS)
-        other, taken = _listing(answer["mails"]), _listing(answer["taken"])
-        wanted = {
-            "renumber": repair.holes(other, mine.mails, mine.taken),
-            "expunge": repair.strays(other, mine.mails, mine.taken, taken),
+        other = {
+            folder: [(int(uid), str(guid)) for uid, guid in mails]
+            for folder, mails in dict(answer["mails"]).items()
         }
-        await send(grant.link.writer, wanted)
-        left_out = repair.holes(mine.mails, other, taken)
+        await send(grant.link.writer, {"renumber": repair.holes(other, mine.mails, mine.taken)})
+        left_out = repair.holes(mine.mails, other, answer.get("taken", {}))
         count = await repair.renumber(self._doveadm, user, mine, left_out)
-        left = repair.strays(mine.mails, other, taken, mine.taken)
-        await repair.expunge(self._doveadm, user, mine, left)
         self.renumbered += count
         await receive(grant.link.reader, _REPAIR_SECONDS)
 
@@ -258,10 +251,3 @@ class Runner:
     async def _delete_scripts(self, user: str, deleted: Mapping[str, float]) -> None:
         if self._scripts is not None and deleted:
             await self._scripts.delete(user, deleted)
-
-
-def _listing(document: Any) -> repair.Listing:
-    return {
-        str(folder): [(int(uid), str(guid)) for uid, guid in mails]
-        for folder, mails in dict(document).items()
-    }

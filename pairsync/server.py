@@ -25,7 +25,7 @@ from pairsync.link import (
 from pairsync.markers import Expunged
 from pairsync.peer import without_delay
 from pairsync.relay import Traffic, relay, silence, take_frame
-from pairsync.repair import Common, bury, expunge, look, renumber
+from pairsync.repair import Common, look, renumber
 from pairsync.schedule import Turns
 from pairsync.sieve import ScriptError
 
@@ -212,11 +212,8 @@ class Server:
                 first = await take_frame(reader)
             well = False
             traffic.count(len(first))
-            before = self._guests.expunged(user)
             local.write(first)
             clean = await self._relay((local_reader, local), (reader, writer), traffic, seconds)
-            if meanwhile := self._guests.expunged(user) - before:
-                await bury(self._doveadm, user, meanwhile)
             if clean:
                 well = bool((await receive(reader, _WORD_SECONDS))["well"])
             return clean
@@ -259,7 +256,6 @@ class Server:
         await send(writer, {"mails": box.mails, "taken": box.taken})
         wanted = await receive(reader, _REPAIR_SECONDS)
         await renumber(self._doveadm, user, box, wanted["renumber"])
-        await expunge(self._doveadm, user, box, wanted["expunge"])
         await send(writer, {"go": True})
 
     async def _admit(self, user: str) -> bool:

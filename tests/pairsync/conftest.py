@@ -14,7 +14,7 @@ from rehearsal import image
 from rehearsal.progress import Progress, RehearsalError
 from tests.pairsync.pair import Pair
 
-_USERS = 70
+_USERS = 60
 
 
 @pytest.fixture(scope="package")

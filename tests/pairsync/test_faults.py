@@ -365,31 +365,6 @@ def test_what_a_user_takes_away_after_a_run_broke_off_does_not_come_back(
         assert [tag for tag in pair.a.tags(user) if tag in tags] == [tags[0], tags[1], tags[3]]
 
 
-def test_a_moved_mail_is_there_once_although_it_had_another_uid_there(
-    pair: Pair, user: str
-) -> None:
-    """As after a run that broke off while dsync gave new UIDs."""
-    with pair.a.imap(user) as imap:
-        imap.create("Kept")
-    pair.a.deliver(user, f"{user}-first")
-    pair.wait_equal([user], 5)
-    pair.wait_quiet()
-    pair.a.deliver(user, f"{user}-moved")
-    pair.wait_equal([user], 5)
-    pair.wait_quiet()
-    for server in pair.both:
-        server.kill_pairsync()
-    pair.b.shell(f"doveadm move -u {user} INBOX mailbox INBOX header subject {user}-moved")
-    pair.a.path(f"/var/lib/pairsync/users/{user}").unlink()
-    pair.a.write(f"/var/lib/pairsync/running/{user}", "", VMAIL, 0o600)
-    with pair.a.imap(user) as imap:
-        imap.select()
-        assert imap.xatom("MOVE", numbered(imap, f"{user}-moved"), "Kept")[0] == "OK"
-    for server in pair.both:
-        server.start_pairsync()
-    assert_all_there(pair, {user: [f"{user}-first", f"{user}-moved"]})
-
-
 def test_a_change_outlives_a_killed_daemon(pair: Pair, user: str) -> None:
     pair.a.kill_pairsync()
     pair.a.deliver(user, f"{user}-meanwhile")

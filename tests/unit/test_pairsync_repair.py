@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pairsync.repair import common, expunged_guids, holes, latest, strays
+from pairsync.repair import common, holes, latest
 
 #: As Dovecot 2.4.1 gave it for one INBOX with five mails.
 STATE = "AQAAAMBENhCmewdrIQAAAEb+Pw6mewdrBwAAAAQAAAAAAAAAAAAAAAAAAAAFAAAAyum5DA=="
@@ -46,40 +46,7 @@ def test_a_mail_that_is_there_under_another_uid_is_no_hole() -> None:
 def test_what_a_user_took_from_there_is_no_hole() -> None:
     """Else a mail that was moved after a run broke off was in both folders."""
     mine, theirs = {"i": [(1, "moved"), (2, "left out"), (3, "x")]}, {"i": [(3, "x")]}
-    assert holes(mine, theirs, {"i": [(1, "")], "other": [(2, "")]}) == {"i": [2]}
-    assert holes(mine, theirs, {"i": [(9, "moved")]}) == {"i": [2]}
-
-
-def test_what_a_user_took_from_there_goes_here_too_under_whatever_uid() -> None:
-    """dsync gives mails that came to both at once new UIDs."""
-    mine = {"i": [(8, "moved"), (9, "kept")], "f": [(1, "moved")]}
-    theirs = {"i": [(8, "kept")], "f": [(1, "moved")]}
-    assert strays(mine, theirs, {"i": [(7, "moved"), (3, "")]}, {}) == {"i": [8]}
-    assert strays(mine, mine, {"i": [(7, "moved")]}, {}) == {}, "it is there again"
-    assert strays(mine, theirs, {"i": [(7, "moved")]}, {"f": [(1, "moved")]}) == {}
-
-
-def _log(*records: tuple[int, bytes]) -> bytes:
-    data = bytes([3, 0, 40, 0]) + bytes(36)
-    for kind, body in records:
-        size = (len(body) + 8) >> 2
-        parts = [0x80 | size >> shift & 0x7F for shift in (21, 14, 7, 0)]
-        data += bytes(parts) + kind.to_bytes(4, "little") + body
-    return data
-
-
-def test_a_folders_log_tells_whose_uids_were_expunged() -> None:
-    one, other = bytes(range(16)), bytes(range(16, 32))
-    mails = b"\x07\0\0\0" + one + b"\x2c\x01\0\0" + other
-    log = _log((0x10000002, bytes(4000)), (0x0000ED90, mails), (0x1000CD91, bytes(8)))
-    assert expunged_guids(log) == {7: one.hex(), 300: other.hex()}
-    assert expunged_guids(log + bytes(8)) == expunged_guids(log), "a record is being written"
-    assert expunged_guids(b"") == expunged_guids(log[:40]) == {}
-
-
-@given(st.binary(max_size=200))
-def test_a_log_of_another_kind_tells_nothing_wrong(log: bytes) -> None:
-    assert all(len(guid) == 32 for guid in expunged_guids(log).values())
+    assert holes(mine, theirs, {"i": [1], "other": [2]}) == {"i": [2]}
 
 
 _MAILS = st.dictionaries(st.integers(1, 12), st.sampled_from("abcdefghij"), max_size=10)
