@@ -17,7 +17,7 @@ from pairsync.control import Control
 from pairsync.doveadm import Doveadm, DovecotError
 from pairsync.inotify import Inotify
 from pairsync.link import Identity, LinkError, Tls, boot_id, folder_id
-from pairsync.markers import Expunged, Markers, user_name
+from pairsync.markers import Markers, user_name
 from pairsync.peer import Peer
 from pairsync.runner import Result, Runner
 from pairsync.schedule import FAILURES, Job, Outcome, Queue, Turns
@@ -42,20 +42,17 @@ class Pass:
 
     ``left`` are those that are not through, ``failed`` those whose last run failed. Who failed
     some times, or is not known to the peer, no longer keeps the pass from ending: such a user has
-    a marker, and is tried again for as long as it takes. ``bytes_before``: moved when it began.
+    a marker, and is tried again for as long as it takes.
     """
 
     reason: str
     total: int
     left: set[str]
-    bytes_before: int
     failed: set[str] = field(default_factory=set)
     began: float = field(default_factory=time.time)
 
-    def document(self, moved: int) -> dict[str, Any]:
-        """``moved``: all bytes so far, those of other runs meanwhile too."""
+    def document(self) -> dict[str, Any]:
         return {
-            "bytes": moved - self.bytes_before,
             "reason": self.reason,
             "total": self.total,
             "done": self.total - len(self.left),
@@ -118,7 +115,6 @@ class Daemon:
             self._scripts,
             self._suspects,
             self.rests,
-            self._markers.expunged,
         )
         self._wake = asyncio.Event()
         self._runs: set[asyncio.Task[Result]] = set()
@@ -226,23 +222,18 @@ class Daemon:
     def common(self, user: str) -> repair.Common:
         return repair.common(self._states.of(user).sync)
 
-    def expunged(self, user: str) -> Expunged:
-        return self._markers.expunged(user)
-
-    def left(self, user: str, *, well: bool | None) -> None:
+    def left(self, user: str, *, well: bool) -> None:
         try:
-            if well is not None:
-                self._unsettled.guest(user, time.monotonic())
-            if well is False:
-                self._suspects.add(user)
-                self._markers.broke_off(user)
-            else:
-                self._markers.left(user)
+            self._unsettled.guest(user, time.monotonic())
             if well:
                 self._suspects.discard(user)
+                self._markers.left(user)
+            else:
+                self._suspects.add(user)
+                self._markers.broke_off(user)
         except OSError as error:
             self._marker_problem = f"changed users cannot be noted: {error.strerror}"
-        if well is False:
+        if not well:
             self._notice(user, time.time())
             self._wake.set()
 
@@ -400,7 +391,7 @@ class Daemon:
             self._dovecot_problem = str(error)
             await asyncio.sleep(_DOVECOT_SECONDS)
             return
-        self._pass = Pass(self._pass_wanted, len(users), set(users), self._runner.bytes)
+        self._pass = Pass(self._pass_wanted, len(users), set(users))
         self._pass_wanted = ""
         notify.log(notify.INFO, f"a full run for {len(users)} users: {self._pass.reason}")
 
@@ -559,7 +550,7 @@ class Daemon:
             "refused": self._server.refused,
             "refused_last": self._server.problem,
             "markers_writable": not self._marker_problem,
-            "pass": self._pass.document(self._runner.bytes) if self._pass else None,
+            "pass": self._pass.document() if self._pass else None,
             "problems": [problem for problem in found if problem],
         }
 

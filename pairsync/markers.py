@@ -11,12 +11,6 @@ and of two in the same second it takes that which subscribes. So one that was ca
 second could not be taken back within it, on either server: the daemon takes this file away, and
 lets no run for the user begin before the second is over.
 
-``expunged/USER``: not empty; a line ``UIDVALIDITY UID`` for each mail that the user deleted or
-moved away. A run's begin renames it to ``expunging/USER`` where there is none yet, success
-removes that one. So what is in the two holds all such mails since the last good run, which
-:mod:`pairsync.repair` must not take for lost; lines that are older than that do no harm, since
-no UID is given twice.
-
 There are two places: the state on disk, and /run for when that disk is full.
 """
 
@@ -27,14 +21,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-Expunged = set[tuple[int, int]]
-"""UIDVALIDITY of a folder and UID in it, of mails that the user took from there."""
-
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789@_+=.-")
 _PROBE = ".probe"
 _SUBSCRIBED = "~"
 _BEGUN = ("running", "guest")
-_EXPUNGED = ("expunged", "expunging")
 
 
 def file_name(user: str) -> str:
@@ -78,7 +68,7 @@ class Markers:
     def prepare(self) -> None:
         """Make the folders; take what a dead daemon's runs left as not done."""
         for place in self._places:
-            for name in ("dirty", *_BEGUN, *_EXPUNGED):
+            for name in ("dirty", *_BEGUN):
                 (place / name).mkdir(mode=0o700, parents=True, exist_ok=True)
             for name in _BEGUN:
                 for left in (place / name).iterdir():
@@ -117,10 +107,6 @@ class Markers:
         Also a run without a change has a marker while it is on: should it break off.
         """
         first: float | None = None
-        for one, other in self._expunged(user):
-            if not other.exists():
-                with contextlib.suppress(FileNotFoundError):
-                    one.rename(other)
         for dirty, running in self._pairs(user):
             try:
                 dirty.rename(running)
@@ -133,8 +119,6 @@ class Markers:
         return first
 
     def done(self, user: str) -> None:
-        for _, expunging in self._expunged(user):
-            expunging.unlink(missing_ok=True)
         for _, running in self._pairs(user):
             running.unlink(missing_ok=True)
 
@@ -157,22 +141,9 @@ class Markers:
 
     def drop(self, user: str) -> None:
         """Forget a user who is gone."""
-        for pair in (*self._pairs(user), *self._expunged(user)):
-            for path in pair:
-                path.unlink(missing_ok=True)
-
-    def expunged(self, user: str) -> Expunged:
-        """Mails that the user deleted or moved away since the last good run, perhaps older ones."""
-        found: Expunged = set()
-        for pair in self._expunged(user):
-            for path in pair:
-                with contextlib.suppress(FileNotFoundError):
-                    for line in path.read_text(encoding="ascii").splitlines():
-                        # A full disk, or a power cut, may have left part of a line.
-                        with contextlib.suppress(ValueError):
-                            validity, uid = map(int, line.split())
-                            found.add((validity, uid))
-        return found
+        for dirty, running in self._pairs(user):
+            dirty.unlink(missing_ok=True)
+            running.unlink(missing_ok=True)
 
     def flush(self) -> None:
         """Bring the markers of the first place onto the disk."""
@@ -192,10 +163,6 @@ class Markers:
                 os.fsync(stream.fileno())
         finally:
             path.unlink(missing_ok=True)
-
-    def _expunged(self, user: str) -> list[tuple[Path, Path]]:
-        name, (before, begun) = file_name(user), _EXPUNGED
-        return [(place / before / name, place / begun / name) for place in self._places]
 
     def _guest(self, user: str) -> Path:
         return self._places[0] / "guest" / file_name(user)

@@ -7,8 +7,6 @@ shows it). Before that run such mails get a new UID at the end of their folder, 
 them for new.
 
 Only mails newer than the last good run count: what both had then and one has not now was deleted.
-And what a user took from there since, which the hook noted, was deleted or moved: it would be
-there twice.
 """
 
 from __future__ import annotations
@@ -16,11 +14,10 @@ from __future__ import annotations
 import base64
 import binascii
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pairsync.doveadm import Doveadm, DovecotError
-from pairsync.markers import Expunged
 
 Common = dict[str, int]
 """Folder (its GUID) -> highest UID up to which both had the same."""
@@ -28,14 +25,10 @@ Common = dict[str, int]
 Listing = dict[str, list[tuple[int, str]]]
 """Folder (its GUID) -> UID and GUID of mails, in the order of their UIDs."""
 
-Taken = Mapping[str, Collection[int]]
-"""Folder (its GUID) -> UIDs of mails that a user deleted there or moved away."""
-
-_NOTHING: Taken = {}
 _VERSION = 1
 _HEADER, _CHECKSUM = 4, 4
 _MAILBOX = struct.Struct("<16sIIQQI")
-_FIELDS = "mailbox mailbox-guid uid guid"
+_FIELDS = ("mailbox-guid", "uid", "guid")
 
 
 def common(state: str) -> Common:
@@ -55,20 +48,14 @@ def latest(one: Mapping[str, int], other: Mapping[str, int]) -> Common:
     return {folder: max(one.get(folder, 0), other.get(folder, 0)) for folder in {*one, *other}}
 
 
-def holes(mine: Listing, theirs: Listing, gone: Taken = _NOTHING) -> dict[str, list[int]]:
-    """UIDs of mails here that the other one has not, below one that both have.
-
-    ``gone``: what users took from the folders of the other one, which is no hole.
-    """
+def holes(mine: Listing, theirs: Listing) -> dict[str, list[int]]:
+    """UIDs of mails here that the other one has not, below one that both have."""
     found = {}
     for folder, mails in mine.items():
         other = theirs.get(folder, [])
         guids = {guid for _, guid in other}
         matched = max((uid for uid, _ in set(mails) & set(other)), default=0)
-        left = gone.get(folder, frozenset())
-        missing = [
-            uid for uid, guid in mails if uid < matched and guid not in guids and uid not in left
-        ]
+        missing = [uid for uid, guid in mails if uid < matched and guid not in guids]
         if missing:
             found[folder] = missing
     return found
@@ -81,41 +68,23 @@ class Mailbox:
     mails: Listing
     names: Mapping[str, str]
     """Folder (its GUID) -> its name."""
-    taken: Taken
 
 
-async def look(
-    doveadm: Doveadm, user: str, after: Mapping[str, int], expunged: Expunged
-) -> Mailbox:
-    """List mails newer than the UIDs in ``after``, and those of ``expunged``.
-
-    Raises :class:`DovecotError`.
-    """
+async def look(doveadm: Doveadm, user: str, after: Mapping[str, int]) -> Mailbox:
+    """List mails newer than the UIDs in ``after``. Raises :class:`DovecotError`."""
+    reply = await doveadm.run(user, "fetch", " ".join(("mailbox", *_FIELDS)), "all")
+    if reply.code:
+        raise DovecotError(f"doveadm fetch for {user}: {reply.log or reply.code}")
     mails: Listing = {}
     names: dict[str, str] = {}
-    for name, folder, uid, guid in await _rows(doveadm, user, 4, "fetch", _FIELDS, "all"):
+    width = len(_FIELDS) + 1
+    values = reply.values[: len(reply.values) // width * width]
+    for at in range(0, len(values), width):
+        name, folder, uid, guid = values[at : at + width]
         names[folder] = name
         if int(uid) > after.get(folder, 0):
             mails.setdefault(folder, []).append((int(uid), guid))
-    taken: dict[str, list[int]] = {}
-    if expunged:
-        # Whatever is asked for, it comes in doveadm's own order.
-        folders = await _rows(doveadm, user, 3, "mailbox status", "uidvalidity guid", "*")
-        for _, validity, folder in folders:
-            uids = sorted(uid for of, uid in expunged if of == int(validity))
-            if uids:
-                taken[folder] = uids
-    return Mailbox(mails, names, taken)
-
-
-async def _rows(doveadm: Doveadm, user: str, width: int, *words: str) -> list[tuple[str, ...]]:
-    """The table that a command prints."""
-    reply = await doveadm.run(user, *words)
-    if reply.code:
-        raise DovecotError(f"doveadm {words[0]} for {user}: {reply.log or reply.code}")
-    values = reply.values
-    # Of no row there is one empty value.
-    return [tuple(values[at : at + width]) for at in range(0, len(values) - width + 1, width)]
+    return Mailbox(mails, names)
 
 
 async def renumber(

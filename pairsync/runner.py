@@ -13,7 +13,6 @@ from pairsync import repair
 from pairsync.config import Config
 from pairsync.doveadm import Doveadm, DovecotError, Reply
 from pairsync.link import LinkError, Reader, Writer, receive, send
-from pairsync.markers import Expunged
 from pairsync.peer import Grant, Peer, PeerAway, PeerBusy
 from pairsync.relay import Traffic, relay, silence
 from pairsync.schedule import Job, Outcome, Turns
@@ -21,6 +20,7 @@ from pairsync.sieve import ScriptError, Scripts
 from pairsync.state import States
 
 _TURN_SECONDS = 2.0
+_LAST_BYTES_SECONDS = 2.0
 _REPAIR_SECONDS = 60.0
 _SLACK_SECONDS = 2
 
@@ -60,14 +60,13 @@ class _Slot:
 
 
 class _Carrier:
-    """The part of a run in which dsync works. ``clean``: the link can carry another run."""
+    """The part of a run in which dsync works."""
 
     def __init__(self, slot: _Slot, grant: Grant, traffic: Traffic, seconds: float) -> None:
         self._slot = slot
         self._grant = grant
         self._traffic = traffic
         self._seconds = seconds
-        self.clean = False
 
     async def sync(self, doveadm: Doveadm, user: str, state: str) -> Reply | None:
         """What dsync answers; None where nothing was sent for too long."""
@@ -84,8 +83,7 @@ class _Carrier:
             if not command.done():
                 return None
             if came.done():
-                # It limits its own time, now that one side has ended.
-                await asyncio.wait((carrying,))
+                await asyncio.wait((carrying,), timeout=_LAST_BYTES_SECONDS)
             return command.result()
         finally:
             for task in (command, carrying, waiting):
@@ -95,8 +93,7 @@ class _Carrier:
     async def _carry(self, came: asyncio.Future[tuple[Reader, Writer]]) -> None:
         local = await came
         try:
-            link = (self._grant.link.reader, self._grant.link.writer)
-            self.clean = await relay(local, link, self._traffic)
+            await relay(local, (self._grant.reader, self._grant.writer), self._traffic)
         finally:
             local[1].transport.abort()
 
@@ -115,7 +112,6 @@ class Runner:
         scripts: Scripts | None,
         suspects: set[str],
         rests: Callable[[str], bool],
-        expunged: Callable[[str], Expunged],
     ) -> None:
         self._config = config
         self._doveadm = doveadm
@@ -126,18 +122,10 @@ class Runner:
         self._scripts = scripts
         self._suspects = suspects
         self._rests = rests
-        self._expunged = expunged
         self.renumbered = 0
-        self._bytes = 0
-        self._traffics: list[Traffic] = []
         self._slots = [
             _Slot(config.files.run / f"slot-{number}") for number in range(config.sync.parallel)
         ]
-
-    @property
-    def bytes(self) -> int:
-        """Of dsync, in both directions, with the runs that are on."""
-        return self._bytes + sum(traffic.size for traffic in self._traffics)
 
     async def start(self) -> None:
         """Make the sockets. Raises OSError."""
@@ -148,7 +136,6 @@ class Runner:
         """Do a run; whatever happens is in the result. Cancelled, it leaves nothing behind."""
         began = time.monotonic()
         traffic = Traffic()
-        self._traffics.append(traffic)
         slot = self._slots.pop()
         try:
             outcome, words = await self._run(job, slot, traffic)
@@ -160,8 +147,6 @@ class Runner:
             outcome, words = Outcome.PUT_OFF, str(error)
         finally:
             self._slots.append(slot)
-            self._traffics.remove(traffic)
-            self._bytes += traffic.size
         return Result(outcome, time.monotonic() - began, traffic.size, words)
 
     async def _run(self, job: Job, slot: _Slot, traffic: Traffic) -> tuple[Outcome, str]:
@@ -174,7 +159,6 @@ class Runner:
             grant = await self._peer.open_run(
                 job.user, seconds, deleted, suspect=job.user in self._suspects
             )
-            carrier: _Carrier | None = None
             try:
                 self._turns.granted(job.user)
                 await self._delete_scripts(job.user, {**deleted, **grant.deleted})
@@ -191,8 +175,8 @@ class Runner:
                     return Outcome.STALLED, f"nothing moved for {seconds:g} s"
                 return self._judge(job, reply, deleted, state, traffic)
             finally:
-                well = job.user not in self._suspects
-                self._peer.finish(grant, clean=carrier is not None and carrier.clean, well=well)
+                self._peer.tell_end(grant, well=job.user not in self._suspects)
+                grant.writer.transport.abort()
         finally:
             self._turns.end(job.user)
             async with self._released:
@@ -228,18 +212,17 @@ class Runner:
 
     async def _repair(self, user: str, theirs: Mapping[str, int], grant: Grant) -> None:
         after = repair.latest(repair.common(self._states.of(user).sync), theirs)
-        await send(grant.link.writer, {"after": after})
-        mine = await repair.look(self._doveadm, user, after, self._expunged(user))
-        answer = await receive(grant.link.reader, _REPAIR_SECONDS)
+        await send(grant.writer, {"after": after})
+        mine = await repair.look(self._doveadm, user, after)
+        answer = await receive(grant.reader, _REPAIR_SECONDS)
         other = {
             folder: [(int(uid), str(guid)) for uid, guid in mails]
             for folder, mails in dict(answer["mails"]).items()
         }
-        await send(grant.link.writer, {"renumber": repair.holes(other, mine.mails, mine.taken)})
-        left_out = repair.holes(mine.mails, other, answer.get("taken", {}))
-        count = await repair.renumber(self._doveadm, user, mine, left_out)
+        await send(grant.writer, {"renumber": repair.holes(other, mine.mails)})
+        count = await repair.renumber(self._doveadm, user, mine, repair.holes(mine.mails, other))
         self.renumbered += count
-        await receive(grant.link.reader, _REPAIR_SECONDS)
+        await receive(grant.reader, _REPAIR_SECONDS)
 
     async def _begin(self, user: str) -> bool:
         with contextlib.suppress(TimeoutError):

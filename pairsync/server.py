@@ -22,9 +22,8 @@ from pairsync.link import (
     receive,
     send,
 )
-from pairsync.markers import Expunged
 from pairsync.peer import without_delay
-from pairsync.relay import Traffic, relay, silence, take_frame
+from pairsync.relay import Traffic, relay, silence
 from pairsync.repair import Common, look, renumber
 from pairsync.schedule import Turns
 from pairsync.sieve import ScriptError
@@ -33,7 +32,7 @@ _GREETING_SECONDS = 5.0
 _TURN_SECONDS = 2.0
 _STRANGERS = 16
 _SLACK_SECONDS = 2.0
-_WORD_SECONDS = 2.0
+_WORD_SECONDS = 1.0
 _REPAIR_SECONDS = 60.0
 
 Deletions = Callable[[str, Mapping[str, float]], Awaitable[Mapping[str, float]]]
@@ -52,11 +51,8 @@ class Guests(Protocol):
     def common(self, user: str) -> Common:
         """What both had after the last good run that this server knows of."""
 
-    def expunged(self, user: str) -> Expunged:
-        """Mails that the user took from here since then."""
-
-    def left(self, user: str, *, well: bool | None) -> None:
-        """The run has ended; None: before dsync began, so nothing is better or worse."""
+    def left(self, user: str, *, well: bool) -> None:
+        """The run has ended."""
 
 
 class Server:
@@ -86,6 +82,7 @@ class Server:
         self._released = released
         self._deletions = deletions
         self._guests = guests
+        self._words: dict[str, asyncio.Future[bool]] = {}
         self._strangers = 0
         self._runs: dict[asyncio.Task[None], str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -149,40 +146,45 @@ class Server:
             raise
         finally:
             self._strangers -= 1
-        while True:
-            try:
-                request = await receive(reader, None)
-            except Closed:
-                return
-            if request.get("do") == "watch":
-                await self._answer_heartbeats(reader, writer)
-            elif request.get("do") != "run":
-                await send(writer, {"error": f"what is {request.get('do')!r}?"})
-            elif await self._run(reader, writer, request):
-                continue
+        try:
+            request = await receive(reader, None)
+        except Closed:
             return
+        if request.get("do") == "watch":
+            await self._answer_heartbeats(reader, writer)
+        elif request.get("do") == "run":
+            await self._run(reader, writer, request)
+        else:
+            await send(writer, {"error": f"what is {request.get('do')!r}?"})
 
     async def _answer_heartbeats(self, reader: Reader, writer: Writer) -> None:
         while True:
             self._heard = time.monotonic()
             said = await receive(reader, self._config.heartbeat.lost_after * 2)
-            await send(writer, {"pong": said.get("ping")})
+            if "ended" in said:
+                word = self._words.get(str(said["ended"]))
+                if word is not None and not word.done():
+                    word.set_result(bool(said["well"]))
+            else:
+                await send(writer, {"pong": said.get("ping")})
 
-    async def _run(self, reader: Reader, writer: Writer, request: Mapping[str, Any]) -> bool:
-        """Whether the connection can carry another run."""
+    async def _run(self, reader: Reader, writer: Writer, request: Mapping[str, Any]) -> None:
         user = str(request["user"])
         if self._guests.rests(user) or not await self._admit(user):
             await send(writer, {"busy": True})
-            return True
+            return
         task = asyncio.current_task()
         assert task is not None  # noqa: S101
         self._runs[task] = user
+        run = str(request["run"])
+        self._words[run] = asyncio.get_running_loop().create_future()
         try:
             deleted = {str(k): float(v) for k, v in dict(request["deleted"]).items()}
             suspect = self._guests.came(user) or bool(request.get("suspect"))
-            return await self._carry(reader, writer, request, deleted, suspect)
+            await self._carry(reader, writer, request, deleted, suspect)
         finally:
             del self._runs[task]
+            del self._words[run]
             self._turns.leave(user)
             await self._notify()
 
@@ -193,67 +195,56 @@ class Server:
         request: Mapping[str, Any],
         deleted: Mapping[str, float],
         suspect: bool,
-    ) -> bool:
-        user, seconds = str(request["user"]), float(request["silence"]) + _SLACK_SECONDS
+    ) -> None:
+        user, seconds = str(request["user"]), float(request["silence"])
         local: Writer | None = None
         traffic = Traffic()
-        well: bool | None = None
+        begun = False
         try:
             mine = await self._deletions(user, deleted)
             local_reader, local = await self._doveadm.connect()
             if self._guests.rests(user):
                 await send(writer, {"busy": True})
-                return True
+                return
             if suspect:
                 await self._repair(reader, writer, user, mine)
             else:
                 await send(writer, {"go": True, "deleted": dict(mine)})
-            async with asyncio.timeout(seconds):
-                first = await take_frame(reader)
-            well = False
-            traffic.count(len(first))
-            local.write(first)
-            clean = await self._relay((local_reader, local), (reader, writer), traffic, seconds)
-            if clean:
-                well = bool((await receive(reader, _WORD_SECONDS))["well"])
-            return clean
+            begun = True
+            ours, theirs = (local_reader, local), (reader, writer)
+            carrying = asyncio.create_task(relay(ours, theirs, traffic))
+            waiting = asyncio.create_task(silence(traffic, seconds + _SLACK_SECONDS))
+            try:
+                await asyncio.wait((carrying, waiting), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                self.bytes += traffic.size
+                for task in (carrying, waiting):
+                    task.cancel()
+                await asyncio.gather(carrying, waiting, return_exceptions=True)
         except (DovecotError, ScriptError) as error:
             await send(writer, {"error": f"its Dovecot: {error}"})
-            return False
-        except TimeoutError:
-            return False
         finally:
-            self._guests.left(user, well=well)
+            self._guests.left(user, well=not begun or await self._word(request))
             if local is not None and traffic.size:
                 local.transport.abort()
             elif local is not None:
                 self._doveadm.leave(local)
 
-    async def _relay(
-        self,
-        local: tuple[Reader, Writer],
-        link: tuple[Reader, Writer],
-        traffic: Traffic,
-        seconds: float,
-    ) -> bool:
-        carrying = asyncio.create_task(relay(local, link, traffic))
-        waiting = asyncio.create_task(silence(traffic, seconds))
+    async def _word(self, request: Mapping[str, Any]) -> bool:
+        """Whether the peer says that its run ended well; no word is a no."""
         try:
-            await asyncio.wait((carrying, waiting), return_when=asyncio.FIRST_COMPLETED)
-            return carrying.done() and carrying.result()
-        finally:
-            self.bytes += traffic.size
-            for task in (carrying, waiting):
-                task.cancel()
-            await asyncio.gather(carrying, waiting, return_exceptions=True)
+            async with asyncio.timeout(_WORD_SECONDS):
+                return await self._words[str(request["run"])]
+        except (TimeoutError, asyncio.CancelledError):
+            return False
 
     async def _repair(
         self, reader: Reader, writer: Writer, user: str, deleted: Mapping[str, float]
     ) -> None:
         await send(writer, {"repair": self._guests.common(user), "deleted": dict(deleted)})
         after = await receive(reader, _REPAIR_SECONDS)
-        box = await look(self._doveadm, user, after["after"], self._guests.expunged(user))
-        await send(writer, {"mails": box.mails, "taken": box.taken})
+        box = await look(self._doveadm, user, after["after"])
+        await send(writer, {"mails": box.mails})
         wanted = await receive(reader, _REPAIR_SECONDS)
         await renumber(self._doveadm, user, box, wanted["renumber"])
         await send(writer, {"go": True})

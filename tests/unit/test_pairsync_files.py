@@ -62,7 +62,7 @@ def test_other_names_are_no_markers(name: str) -> None:
 
 @pytest.mark.skipif(shutil.which("lua") is None, reason="no lua here; Dovecot's runs the hook too")
 def test_the_hook_names_markers_alike() -> None:
-    hook = (CODE / "notify.lua").read_text().split("-- Append to")[0]
+    hook = (CODE / "notify.lua").read_text().split("local function leave(")[0]
     for user in ("u1", "u@example.org", ".x", "a b/c", "ü%"):
         said = subprocess.run(
             ["lua", "-e", hook + "io.write(file_name(arg[1]))", "x", user],
@@ -118,26 +118,6 @@ def test_markers_of_the_second_place_count_alike(markers: Markers) -> None:
     assert not list(markers.folders[1].iterdir())
 
 
-def test_what_a_user_took_away_is_known_until_a_good_run_that_began_after_it(
-    markers: Markers, tmp_path: Path
-) -> None:
-    first, second = (tmp_path / place / "expunged" / "u" for place in ("state", "run"))
-    first.write_text("7 1\n7 2\n")
-    second.write_text("9 1\n7")
-    assert markers.expunged("u") == {(7, 1), (7, 2), (9, 1)}
-    markers.begin("u")
-    first.write_text("7 3\n")
-    markers.undone("u")
-    markers.begin("u")
-    assert markers.expunged("u") == {(7, 1), (7, 2), (9, 1), (7, 3)}
-    markers.done("u")
-    assert (7, 3) in markers.expunged("u")
-    assert (7, 1) not in markers.expunged("u")
-    markers.begin("u")
-    markers.done("u")
-    assert markers.expunged("u") == set()
-
-
 def test_a_place_that_takes_no_file_is_noticed(markers: Markers) -> None:
     markers.probe()
     assert markers.dirty() == {}
@@ -150,9 +130,7 @@ def test_the_hook_writes_where_the_daemon_looks() -> None:
     hook = (CODE / "notify.lua").read_text()
     files = parse(MINIMAL).files
     for place in (files.state, files.run):
-        assert f'"{place}/"' in hook
-    for folder in ("dirty", "expunged"):
-        assert f'append("{folder}", ' in hook
+        assert f'"{place}/dirty/"' in hook
 
 
 # States ----------------------------------------------------------------------------------------

@@ -43,12 +43,6 @@ def test_a_mail_that_is_there_under_another_uid_is_no_hole() -> None:
     assert holes({"i": [(1, "a"), (2, "b")]}, {"i": [(2, "b"), (3, "a")]}) == {}
 
 
-def test_what_a_user_took_from_there_is_no_hole() -> None:
-    """Else a mail that was moved after a run broke off was in both folders."""
-    mine, theirs = {"i": [(1, "moved"), (2, "left out"), (3, "x")]}, {"i": [(3, "x")]}
-    assert holes(mine, theirs, {"i": [1], "other": [2]}) == {"i": [2]}
-
-
 _MAILS = st.dictionaries(st.integers(1, 12), st.sampled_from("abcdefghij"), max_size=10)
 
 
