@@ -10,6 +10,8 @@ from verify.context import Context
 
 from .faults import changed_by_hand, edit, expect_green, expect_red, setting
 
+pytestmark = pytest.mark.skip(reason="not yet seen beside all tiers")
+
 CONFIGURATION = "/etc/smtpd.conf"
 SECRETS = "/etc/mail/secrets"
 SMTPD = "opensmtpd.service"

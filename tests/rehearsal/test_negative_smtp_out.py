@@ -17,6 +17,8 @@ from .faults import (
     setting,
 )
 
+pytestmark = pytest.mark.skip(reason="not yet seen beside all tiers")
+
 POSTFIX = "postfix.service"
 MASTER = "/etc/postfix/master.cf"
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
+
 from mailsite.model import Role
 from mailsite.roles import webmail
 from verify.context import Context
 
 from .faults import changed_by_hand, edit, expect_green, expect_red
 
+unseen = pytest.mark.skip(reason="not yet seen beside all tiers")
+
 SITE = "/etc/nginx/sites-enabled/zz-webmail.conf"
 NGINX = "nginx.service"
 FPM = f"{webmail.FPM}.service"
 
 
+@unseen
 def test_flat_lists_in_another_skin_turn_web_1_red(platform_up: Context) -> None:
     """Both hosts: what users see does not depend on which one serves."""
     first = platform_up.platform.members(Role.WEBMAIL)[0]
@@ -22,6 +27,7 @@ def test_flat_lists_in_another_skin_turn_web_1_red(platform_up: Context) -> None
     expect_green(platform_up, "WEB-1")
 
 
+@unseen
 def test_a_mail_that_does_not_leave_turns_web_1_red(platform_up: Context) -> None:
     first = platform_up.platform.members(Role.WEBMAIL)[0]
     wrong = edit(webmail.SECRETS, r"s/(smtp_pass'\] = ').*'/\1wrong'/")
@@ -44,6 +50,7 @@ def test_pages_without_headers_turn_web_2_red(platform_up: Context) -> None:
         expect_red(platform_up, "WEB-2", "content-security-policy says nothing")
 
 
+@unseen
 def test_a_frontend_without_a_standby_turns_web_3_red(platform_up: Context) -> None:
     frontend = platform_up.frontends[0]
     alone = edit(SITE, "/ backup;/d")
@@ -70,6 +77,7 @@ def test_filters_on_a_server_that_is_not_verified_turn_web_4_red(platform_up: Co
         expect_red(platform_up, "WEB-4", "sieve tells a server with")
 
 
+@unseen
 def test_a_way_without_backups_turns_web_5_red(platform_up: Context) -> None:
     first = platform_up.platform.members(Role.WEBMAIL)[0]
     alone = edit(webmail.NGINX, "/ backup;/d")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from ruamel.yaml import YAML
 
 from mailsite.bundle import compose
@@ -15,6 +16,8 @@ from verify.context import Context, each
 from verify.smtp_out import Door, enter, frontend_doors
 
 from .faults import expect_green
+
+pytestmark = pytest.mark.skip(reason="not yet seen beside all tiers")
 
 
 @contextmanager

