@@ -17,7 +17,6 @@ NGINX = "nginx.service"
 FPM = f"{webmail.FPM}.service"
 
 
-@unseen
 def test_flat_lists_in_another_skin_turn_web_1_red(platform_up: Context) -> None:
     """Both hosts: what users see does not depend on which one serves."""
     first = platform_up.platform.members(Role.WEBMAIL)[0]
@@ -27,7 +26,6 @@ def test_flat_lists_in_another_skin_turn_web_1_red(platform_up: Context) -> None
     expect_green(platform_up, "WEB-1")
 
 
-@unseen
 def test_a_mail_that_does_not_leave_turns_web_1_red(platform_up: Context) -> None:
     first = platform_up.platform.members(Role.WEBMAIL)[0]
     wrong = edit(webmail.SECRETS, r"s/(smtp_pass'\] = ').*'/\1wrong'/")
@@ -77,7 +75,6 @@ def test_filters_on_a_server_that_is_not_verified_turn_web_4_red(platform_up: Co
         expect_red(platform_up, "WEB-4", "sieve tells a server with")
 
 
-@unseen
 def test_a_way_without_backups_turns_web_5_red(platform_up: Context) -> None:
     first = platform_up.platform.members(Role.WEBMAIL)[0]
     alone = edit(webmail.NGINX, "/ backup;/d")
