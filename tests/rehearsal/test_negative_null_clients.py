@@ -10,7 +10,7 @@ from verify.context import Context
 
 from .faults import changed_by_hand, edit, expect_green, expect_red, setting
 
-pytestmark = pytest.mark.skip(reason="not yet seen beside all tiers")
+unseen = pytest.mark.skip(reason="not yet seen beside all tiers")
 
 CONFIGURATION = "/etc/smtpd.conf"
 SECRETS = "/etc/mail/secrets"
@@ -49,6 +49,7 @@ def test_the_login_of_another_group_turns_client_1_red(platform_up: Context, cli
         expect_red(platform_up, "CLIENT-1", f"{client.name}: smtp-out says that .* logged in, not")
 
 
+@unseen
 def test_a_client_that_delivers_by_itself_turns_client_1_red(
     platform_up: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +68,7 @@ def test_forwards_by_smtp_out_turn_client_1_red(platform_up: Context, client: Ho
         )
 
 
+@unseen
 def test_a_queue_that_gives_up_at_once_turns_client_2_red(
     platform_up: Context, client: Host
 ) -> None:
@@ -75,6 +77,7 @@ def test_a_queue_that_gives_up_at_once_turns_client_2_red(
         expect_red(platform_up, "CLIENT-2", f"{client.name}: no mail for .* waits")
 
 
+@unseen
 def test_a_client_that_listens_to_everyone_turns_client_3_red(
     platform_up: Context, client: Host
 ) -> None:
