@@ -69,7 +69,6 @@ def last(platform_up: Context) -> Host:
     return platform_up.members[-1]
 
 
-@unseen
 def test_a_firewall_that_lets_everything_in_turns_host_2_red(
     platform_up: Context, last: Host
 ) -> None:
@@ -78,21 +77,18 @@ def test_a_firewall_that_lets_everything_in_turns_host_2_red(
         expect_red(platform_up, "HOST-2", f"{last.name}: .* is refused to .*, not dropped")
 
 
-@unseen
 def test_a_port_that_is_open_to_more_turns_host_2_red(platform_up: Context, last: Host) -> None:
     wide = edit(NFTABLES, "s/ip saddr [{][^}]*[}] (tcp dport 10587 accept)/\\1/")
     with changed_by_hand(platform_up, last, wide, restart="nftables.service"):
         expect_red(platform_up, "HOST-2", f"{last.name}: 10587/tcp at .* answers to")
 
 
-@unseen
 def test_a_port_that_is_shut_turns_host_2_red(platform_up: Context, last: Host) -> None:
     shut = edit(NFTABLES, "/dport 587 accept/d")
     with changed_by_hand(platform_up, last, shut, restart="nftables.service"):
         expect_red(platform_up, "HOST-2", f"{last.name}: 587/tcp at .* does not answer to")
 
 
-@unseen
 def test_a_failed_unit_turns_host_3_red(platform_up: Context, last: Host) -> None:
     machine = platform_up.lab.machine(last)
     machine.call("systemd-run", "--quiet", "--wait", "--unit=verify-fails", "false")
@@ -102,7 +98,6 @@ def test_a_failed_unit_turns_host_3_red(platform_up: Context, last: Host) -> Non
         machine.run("systemctl", "reset-failed", "verify-fails.service")
 
 
-@unseen
 def test_a_warning_of_a_daemon_turns_host_3_red(platform_up: Context, last: Host) -> None:
     machine = platform_up.lab.machine(last)
     machine.run("logger", "-p", "mail.warning", "-t", "postfix/smtpd", "warning: never seen before")
@@ -113,7 +108,6 @@ def test_a_warning_of_a_daemon_turns_host_3_red(platform_up: Context, last: Host
         machine.run("journalctl", "--vacuum-time=1s")
 
 
-@unseen
 def test_a_program_that_was_replaced_turns_host_3_red(platform_up: Context, last: Host) -> None:
     machine = platform_up.lab.machine(last)
     program = "/usr/sbin/unbound"
@@ -125,7 +119,6 @@ def test_a_program_that_was_replaced_turns_host_3_red(platform_up: Context, last
         machine.run("systemctl", "restart", "unbound.service")
 
 
-@unseen
 def test_a_member_with_another_version_turns_host_3_red(platform_up: Context, last: Host) -> None:
     machine = platform_up.lab.machine(last)
     status = "/var/lib/dpkg/status"
