@@ -793,8 +793,8 @@ class Lab:
             for a, b in pairs
         )
 
-    @contextmanager
-    def untracked(self, addresses: Iterable[IPAddress]) -> Iterator[None]:
+    @classmethod
+    def untracked(cls, addresses: Iterable[IPAddress]) -> AbstractContextManager[None]:
         """The routers between the networks do not remember what passes from and to ``addresses``.
 
         Each probe of a scan would be a connection to them, and there is room for so many.
@@ -802,27 +802,26 @@ class Lab:
         families = {4: "ip", 6: "ip6"}
         ends = ("saddr", "daddr")
         rules = [f"{families[a.version]} {end} {a} notrack" for a in addresses for end in ends]
-        hook = "type filter hook prerouting priority raw; policy accept"
-        chain = "\n".join([hook, *rules])
-        text = f"table inet untracked {{\nchain prerouting {{\n{chain}\n}}\n}}\n"
+        hook = "prerouting priority raw"
+        return cls._ruling("untracked", hook, rules)
+
+    @classmethod
+    def _dropping(cls, matches: Iterable[str]) -> AbstractContextManager[None]:
+        """What a router forwards between the networks and matches is lost."""
+        hook = "forward priority filter - 10"
+        return cls._ruling("cut", hook, [f"{match} drop" for match in matches])
+
+    @staticmethod
+    @contextmanager
+    def _ruling(table: str, hook: str, rules: Iterable[str]) -> Iterator[None]:
+        """The routers between the networks have a table of rules more, at ``hook``."""
+        chain = "\n".join([f"type filter hook {hook}; policy accept", *rules])
+        text = f"table inet {table} {{\nchain rules {{\n{chain}\n}}\n}}\n"
         network.run_in(network.CORE, ["nft", "-f", "-"], input=text)
         try:
             yield
         finally:
-            network.run_in(network.CORE, ["nft", "delete", "table", "inet", "untracked"])
-
-    @contextmanager
-    def _dropping(self, matches: Iterable[str]) -> Iterator[None]:
-        """What a router forwards between the networks and matches is lost."""
-        drops = [f"{match} drop" for match in matches]
-        hook = "type filter hook forward priority filter - 10; policy accept"
-        chain = "\n".join([hook, *drops])
-        rules = f"table inet cut {{\nchain forward {{\n{chain}\n}}\n}}\n"
-        network.run_in(network.CORE, ["nft", "-f", "-"], input=rules)
-        try:
-            yield
-        finally:
-            network.run_in(network.CORE, ["nft", "delete", "table", "inet", "cut"])
+            network.run_in(network.CORE, ["nft", "delete", "table", "inet", table])
 
 
 def context(stack: Stack, folder: Path) -> Context:
