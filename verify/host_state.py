@@ -107,6 +107,7 @@ def read_the_books(ctx: Context) -> str:
 
     def look(machine: LabMachine) -> tuple[int, int]:
         _expect_no_failed_unit(machine)
+        _expect_no_ordering_cycle(machine)
         running = _expect_installed(machine)
         return running, _expect_quiet(machine, ctx.disturbed)
 
@@ -124,6 +125,13 @@ def _expect_no_failed_unit(machine: LabMachine) -> None:
     rows = machine.run("systemctl", "list-units", "--failed", "--plain", "--no-legend", "--all")
     failed = [row.split()[0] for row in rows.splitlines()]
     expect(not failed, f"{machine.name}: failed: {' '.join(failed)}")
+
+
+def _expect_no_ordering_cycle(machine: LabMachine) -> None:
+    """Out of a cycle systemd leaves a unit, another one at each boot: it may be any of them."""
+    words = ("-o", "cat", "--no-pager", "-g", "[Oo]rdering cycle")
+    said = machine.call("journalctl", "-b", "_PID=1", *words).stdout
+    expect(not said, f"{machine.name}: {said.strip()}")
 
 
 _PROCESSES = r"""

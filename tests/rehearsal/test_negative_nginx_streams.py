@@ -84,5 +84,5 @@ def test_a_changed_foreign_website_turns_edge_4_red(platform_up: Context) -> Non
 def test_a_role_that_stays_behind_turns_edge_4_red(
     platform_up: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LabMachine, "apply", lambda self, platform=None: "")
+    monkeypatch.setattr(LabMachine, "apply", lambda *_, **__: "")
     expect_red(platform_up, "EDGE-4", f"still there without the role: .*{STREAM}")
