@@ -493,8 +493,22 @@ class LabMachine:
                 self.run("systemctl", "start", timer)
 
     def _reload_postfix(self) -> None:
-        """Without the seconds of checking that `postfix reload` takes first."""
+        """Without the seconds of checking that `postfix reload` takes first.
+
+        Returns when no process waits for a client that has read the old configuration.
+        """
+        old = self._smtpds()
         self.run("sh", "-c", "kill -HUP $(cat /var/spool/postfix/pid/master.pid)")
+
+        def gone() -> None:
+            busy = self.run("ss", "-Htnp", "state", "established")
+            waiting = (old & self._smtpds()) - set(re.findall(r'"smtpd",pid=(\d+)', busy))
+            expect(not waiting, f"{self.name}: of before the reload: {' '.join(waiting)}")
+
+        eventually(gone, seconds=10)
+
+    def _smtpds(self) -> set[str]:
+        return set(self.call("pgrep", "-x", "smtpd").stdout.split())
 
     # What is not the platform's
 
