@@ -329,10 +329,10 @@ class Machine:
     def logs(self, *arguments: str) -> str:
         """The machine's journal (``arguments`` are journalctl's); of a dead machine too."""
         if self.alive():
-            return self.run(["journalctl", "--no-pager", *arguments], check=False).stdout
+            return self.run(["journalctl", "--quiet", "--no-pager", *arguments], check=False).stdout
         journal = self.upper / "var/log/journal"
         done = subprocess.run(
-            ["journalctl", "--no-pager", f"--directory={journal}", *arguments],
+            ["journalctl", "--quiet", "--no-pager", f"--directory={journal}", *arguments],
             text=True,
             capture_output=True,
         )

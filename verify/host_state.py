@@ -135,7 +135,7 @@ def _expect_no_failed_unit(machine: LabMachine) -> None:
 
 def _expect_no_ordering_cycle(machine: LabMachine) -> None:
     """Out of a cycle systemd leaves a unit, another one at each boot: it may be any of them."""
-    words = ("-o", "cat", "--no-pager", "-g", "[Oo]rdering cycle")
+    words = ("-q", "-o", "cat", "--no-pager", "-g", "[Oo]rdering cycle")
     said = machine.call("journalctl", "-b", "_PID=1", *words).stdout
     expect(not said, f"{machine.name}: {said.strip()}")
 

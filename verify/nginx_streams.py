@@ -458,14 +458,14 @@ def neighbours_are_left_alone(ctx: Context) -> str:
     frontend = ctx.frontends[-1]
     machine = lab.machine(frontend)
     without_us = _without_the_role(ctx, frontend)
-    ours = _paths(ctx.platform, frontend) | _paths(without_us, frontend)
+    ours = paths_of(ctx.platform, frontend) | paths_of(without_us, frontend)
     foreign = machine.foreign_state(ours)
     secrets = machine.kept_secrets()
     try:
         machine.apply(without_us)
         _foreign_things_work(ctx, frontend)
         _expect_same(frontend, foreign, machine.foreign_state(ours), "the role was removed")
-        left = machine.present(_paths(ctx.platform, frontend) - _paths(without_us, frontend))
+        left = machine.present(paths_of(ctx.platform, frontend) - paths_of(without_us, frontend))
         expect(not left, f"{frontend.name}: still there without the role: {', '.join(left)}")
         for door in frontend_doors(ctx):
             if door.name == frontend.name:
@@ -491,11 +491,12 @@ def _without_the_role(ctx: Context, frontend: Host) -> Platform:
     return ctx.platform.model_copy(update={"hosts": hosts})
 
 
-def _paths(platform: Platform, host: Host) -> set[str]:
+def paths_of(platform: Platform, host: Host) -> set[str]:
     """Every path on ``host`` that is the platform's."""
     bundle = compose(platform, platform.hosts[host.name])
     units = (f"/etc/systemd/system/{s.unit}" for s in bundle.services if not s.foreign)
-    return {*bundle.files, *bundle.secret_files, *(m.output for m in bundle.maps), *units}
+    made = (*bundle.produced, *(m.output for m in bundle.maps))
+    return {*bundle.files, *bundle.secret_files, *made, *units}
 
 
 def _expect_same(frontend: Host, one: dict[str, str], other: dict[str, str], when: str) -> None:

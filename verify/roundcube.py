@@ -55,6 +55,11 @@ class Roundcube:
             self._shoot("wrong")
             raise Failed(f"Roundcube says: {' '.join(told.all_inner_texts())}")
 
+    def _click(self, selector: str) -> None:
+        """Click as a user does: Roundcube hears no command while it waits for its server."""
+        self._page.wait_for_function("() => window.rcmail && !rcmail.busy")
+        self._page.click(selector)
+
     def login(self, user: str, password: str) -> None:
         """From the login page to the list of mails."""
         page = self._page
@@ -95,11 +100,11 @@ class Roundcube:
     def answer(self, text: str) -> None:
         """Answer the mail that is open."""
         page = self._page
-        page.click("#toolbar-menu a.reply, .toolbar a.reply")
+        self._click("#toolbar-menu a.reply, .toolbar a.reply")
         page.wait_for_selector("#composebody", state="attached")
         page.fill("#composebody", text)
         self._shoot("4-answer")
-        page.click("#compose-content button.send, .formbuttons button.send")
+        self._click("#compose-content button.send, .formbuttons button.send")
         # Sent: the page that one came from.
         self._arrive("#messagelist, #messagebody")
 
@@ -107,7 +112,7 @@ class Roundcube:
         """Have mails with ``word`` in the subject filed in ``folder``."""
         page = self._page
         self._go("_task=settings&_action=plugin.managesieve")
-        page.click("a.create:not(.disabled)")
+        self._click("a.create:not(.disabled)")
         form = self._form()
         form.locator("[name=_name]").fill(name)
         form.locator(".multi-input input:visible").first.fill(word)
@@ -125,12 +130,12 @@ class Roundcube:
         self._go("_task=settings&_action=plugin.managesieve")
         page.locator("#filterslist tr", has_text=name).click()
         self._form().locator(f"[name=_name][value='{name}']").wait_for()
-        page.click("a.delete:not(.disabled)")
+        self._click("a.delete:not(.disabled)")
         page.click(".ui-dialog button.delete, .ui-dialog button.mainaction")
         page.locator("#filterslist tr", has_text=name).wait_for(state="detached")
 
     def logout(self) -> None:
         page = self._page
-        page.click("#taskmenu a.logout, a.button-logout")
+        self._click("#taskmenu a.logout, a.button-logout")
         page.wait_for_selector("#rcmloginuser")
         self._shoot("6-logged-out")

@@ -361,8 +361,15 @@ def the_standby_takes_over(ctx: Context) -> str:
         machine.start()
     returned = time.monotonic()
     eventually(partial(each, ctx.doors, serves), seconds=60, what="webmail with its first host")
-    eventually(
-        lambda: _reaches(ctx, client, first), seconds=60, every=1.0, what="the first host to serve"
+    # All of them: who has a session on one host is asked to log in by the other.
+    each(
+        ctx.doors,
+        lambda door: eventually(
+            lambda: _reaches(ctx, client, door, first),
+            seconds=60,
+            every=1.0,
+            what=f"{door[0]} [{door[1]}] to lead to the first host",
+        ),
     )
     return (
         f"{first.name} dead: {3 * len(ctx.doors)} pages through {len(ctx.doors)} addresses came in"
@@ -371,10 +378,10 @@ def the_standby_takes_over(ctx: Context) -> str:
     )
 
 
-def _reaches(ctx: Context, client: Client, host: Host) -> None:
-    """A page that is asked for now is served by ``host``."""
+def _reaches(ctx: Context, client: Client, door: tuple[str, IPAddress], host: Host) -> None:
+    """A page that is asked for at ``door`` now is served by ``host``."""
     path = f"/{token_hex(8)}"
-    name, address = ctx.doors[0]
+    name, address = door
     get(ctx, client, address, f"https://{ctx.platform.names.webmail}{path}")
     expect(
         ctx.lab.machine(host).journal(time.time() - 30, path),

@@ -184,8 +184,9 @@ def fragment(platform: Platform, host: Host) -> Fragment:
                 order=31,
             ),
             *relay.services,
-            # The tables of addresses are not among these: Postfix notices by itself.
-            postfix_service("/etc/postfix/main.cf", SRS_ADDRESSES, LOGIN),
+            # Tables of addresses are not among these: Postfix notices by itself. Domains are: an
+            # smtpd that was asked for one before keeps what it knows of it for as long as it lives.
+            postfix_service("/etc/postfix/main.cf", SRS_ADDRESSES, VIRTUAL_DOMAINS, LOGIN),
         ),
         health=(
             *queue_health(host),

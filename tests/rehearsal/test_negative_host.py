@@ -11,8 +11,6 @@ from verify.lab import Lab
 
 from .faults import changed_by_hand, edit, expect_green, expect_red
 
-unseen = pytest.mark.skip(reason="not yet seen beside all tiers")
-
 UNBOUND = "/etc/unbound/unbound.conf"
 NFTABLES = "/etc/nftables.conf"
 
@@ -50,7 +48,6 @@ def test_a_file_changed_before_turns_host_4_red(platform_up: Context, place: str
     expect_green(platform_up, "HOST-4")
 
 
-@unseen
 def test_a_machine_that_had_everything_turns_host_5_red(
     platform_up: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +129,6 @@ def test_a_member_with_another_version_turns_host_3_red(platform_up: Context, la
         machine.run("mv", f"{status}.kept", status)
 
 
-@unseen
 def test_a_service_that_does_not_start_at_boot_turns_host_6_red(
     platform_up: Context, last: Host
 ) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-
 from mailsite.model import Role
 from mailsite.roles import webmail
 from verify.context import Context
 
 from .faults import changed_by_hand, edit, expect_green, expect_red
-
-unseen = pytest.mark.skip(reason="not yet seen beside all tiers")
 
 SITE = "/etc/nginx/sites-enabled/zz-webmail.conf"
 NGINX = "nginx.service"
@@ -48,7 +44,6 @@ def test_pages_without_headers_turn_web_2_red(platform_up: Context) -> None:
         expect_red(platform_up, "WEB-2", "content-security-policy says nothing")
 
 
-@unseen
 def test_a_frontend_without_a_standby_turns_web_3_red(platform_up: Context) -> None:
     frontend = platform_up.frontends[0]
     alone = edit(SITE, "/ backup;/d")
