@@ -23,6 +23,18 @@ TIERS = (
     *CLIENT_ROLES,
 )
 
+#: Role -> type of the component that owns its hosts.
+CLUSTERS: Mapping[Role, str] = {
+    Role.CERTIFICATES: "mail:index:Certificates",
+    Role.SMTP_OUT: "mail:index:SmtpOutCluster",
+    Role.SMTP_IN: "mail:index:SmtpInCluster",
+    Role.RSPAMD: "mail:index:RspamdCluster",
+    Role.MAILDROP: "mail:index:MaildropPair",
+    Role.WEBMAIL: "mail:index:Webmail",
+    Role.FRONTEND: "mail:index:NginxStreams",
+    **dict.fromkeys(CLIENT_ROLES, "mail:index:NullClients"),
+}
+
 _DIAL_SECONDS = 15
 
 
@@ -222,7 +234,32 @@ def rolling(
                     after=after,
                     certificates=() if built else args.certificates,
                 ),
-                pulumi.ResourceOptions(parent=parent),
+                pulumi.ResourceOptions(parent=parent, transformations=[_moving(member)]),
             )
         )
     return tuple(built)
+
+
+def _moving(host: SiteHost) -> pulumi.ResourceTransformation:
+    """Let ``host`` keep its machine when it begins or ends to hold the certificate.
+
+    Another cluster owns it then, and each of its resources has another URN. All of them know
+    their old one, not the host alone: a run that ends early leaves some at the old place.
+    """
+    owner = tier(host)
+    owners = {CLUSTERS[role] for role in (Role.CERTIFICATES, *host.roles) if role in CLUSTERS}
+    owners -= {CLUSTERS[owner]} if owner is not None else set()
+    of_stack = f"urn:pulumi:{pulumi.get_stack()}::{pulumi.get_project()}"
+    types: dict[pulumi.Resource | None, str] = {}
+
+    def transform(args: pulumi.ResourceTransformationArgs) -> pulumi.ResourceTransformationResult:
+        above = types.get(args.opts.parent)
+        chain = args.type_ if above is None else f"{above}${args.type_}"
+        types[args.resource] = chain
+        known = [f"{of_stack}::{cluster}${chain}::{args.name}" for cluster in sorted(owners)]
+        more = pulumi.ResourceOptions(aliases=known)
+        return pulumi.ResourceTransformationResult(
+            args.props, pulumi.ResourceOptions.merge(args.opts, more)
+        )
+
+    return transform

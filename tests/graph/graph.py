@@ -197,7 +197,7 @@ class _Monitor(sdk.MockMonitor):
             ignore_changes=tuple(request.ignoreChanges),
             replace_with=tuple(request.replace_with),
             delete_before_replace=request.deleteBeforeReplace,
-            aliases=tuple(request.aliasURNs) + tuple(str(a) for a in request.aliases),
+            aliases=tuple(request.aliasURNs) + tuple(a.urn or str(a) for a in request.aliases),
             additional_secret_outputs=frozenset(request.additionalSecretOutputs),
             retain_on_delete=request.retainOnDelete,
             order=len(self.graph.registrations),

@@ -103,7 +103,9 @@ def test_names_and_types_follow_one_scheme(graph: Graph, platform: Platform) -> 
 def test_options_of_the_program_are_not_handed_down(graph: Graph) -> None:
     for found in graph.registrations.values():
         # Cloudflare's SDK names the predecessor of its record type by itself.
-        assert found.aliases == () or found.type == DNS_RECORD
+        if found.type != DNS_RECORD:
+            kept = f"{found.type}::{found.name}"
+            assert all(urn.endswith(kept) for urn in found.aliases)
     assert not any(r.retain_on_delete for r in graph.registrations.values())
 
 
@@ -271,6 +273,25 @@ def test_the_holders_belong_to_the_certificates_and_end_before_the_other_filters
         stdin = command(acme, host.name, "secrets").inputs["stdin"]
         assert f"{MARK} token" in stdin
         assert f"OPENSSH {MARK} {host.name}-holder-key" in stdin
+
+
+def test_a_host_that_becomes_a_holder_or_ends_to_be_one_keeps_all_its_resources(
+    acme: Graph, acme_site: Path, graphs: Callable[[str, bool], Graph]
+) -> None:
+    given = graphs("example", False)
+    for before, after in ((given, acme), (acme, given)):
+        for host in load_platform(acme_site).members(Role.CERTIFICATES):
+            known = {
+                urn: found.type
+                for found in after.registrations.values()
+                if after.owner(found) == host.name
+                for urn in found.aliases
+            }
+            old = [r for r in before.registrations.values() if before.owner(r) == host.name]
+            assert {DOMAIN, VOLUME, COMMAND} <= {r.type for r in old}
+            for registration in old:
+                assert registration.urn not in after.registrations
+                assert known[registration.urn] == registration.type
 
 
 # -- providers --------------------------------------------------------------------------------
