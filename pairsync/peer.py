@@ -225,7 +225,7 @@ class Peer:
                 self._wanted.set()
                 await asyncio.sleep(beat.interval)
         except (OSError, LinkError) as error:
-            lost = str(error)
+            lost = str(error) or type(error).__name__
         finally:
             writer.transport.abort()
             self._watch_writer = None

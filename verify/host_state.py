@@ -83,6 +83,7 @@ ALLOWED: tuple[Allowed, ...] = (
         "the other one starts, or had no processor; both join again, and BOX-10 and SPAM-6"
         " see how soon",
     ),
+    Allowed("dovecot", "SIGHUP received - reloading", "a push or a renewed certificate reloads it"),
     Allowed(
         "dovecot",
         "doveadm client disconnected before handshake: EOF",

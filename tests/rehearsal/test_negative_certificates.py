@@ -18,6 +18,7 @@ from verify.context import Context
 from .faults import expect_green, expect_red
 
 COPY = "/var/lib/mail-certificates/certificate.pem"
+KEPT = "/root/certificate.pem"
 ISSUE = "mail-certificates-issue.service"
 PULL_TIMER = "mail-certificates-pull.timer"
 
@@ -93,11 +94,11 @@ def test_a_second_holder_without_a_copy_turns_cert_1_red(
     """It shows only while the first is away."""
     machine = platform_up.lab.machine(holders[1])
     with not_pulling(platform_up, holders[1]):
-        machine.run("mv", COPY, f"{COPY}.kept")
+        machine.run("mv", COPY, KEPT)
         try:
             expect_red(platform_up, "CERT-1", "a host that has none gets none")
         finally:
-            machine.run("mv", f"{COPY}.kept", COPY)
+            machine.run("mv", KEPT, COPY)
     expect_green(platform_up, "CERT-1")
 
 
