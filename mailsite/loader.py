@@ -27,10 +27,11 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
-from ruamel.yaml.reader import ReaderError
+from yaml.composer import Composer
+from yaml.cyaml import CBaseLoader
+from yaml.error import MarkedYAMLError, YAMLError
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from yaml.reader import ReaderError
 
 from mailsite import rules
 from mailsite.model import Platform
@@ -170,15 +171,17 @@ class _Reader:
             # At the end of the file the line to blame is the last one with something on it.
             while line > 1 and (line > len(lines) or not lines[line - 1].strip()):
                 line -= 1
-            shown = lines[line - 1].strip() if lines else ""
+            blamed = lines[line - 1] if lines else ""
+            shown = blamed.strip()
             secret = any(key in shown for key in SECRET_KEYS)
+            tabbed = blamed.lstrip(" ").startswith("\t")
             if path.name in (SASL_USERS_FILE, MAILBOXES_FILE):
                 shown = ""
-            self.fault(name, line, shown, *_syntax(error, shown, secret=secret))
+            self.fault(name, line, shown, *_syntax(error, shown, secret=secret, tabbed=tabbed))
             return None
         except ReaderError as error:
-            line = text.count("\n", 0, error.position) + 1
-            what = f"the character {error.character!a} is not allowed in YAML"
+            line = text.encode()[: error.position].count(b"\n") + 1
+            what = f"the character {chr(error.character)!a} is not allowed in YAML"
             self.fault(name, line, "", what, "remove it")
             return None
         except (YAMLError, ValueError) as error:
@@ -275,10 +278,36 @@ class _Reader:
         return None
 
 
+class _Parser(Composer, CBaseLoader):
+    """libyaml, and what words mean in YAML 1.2 (core schema): ``no`` and ``1:30`` are texts.
+
+    The composer is Python's: libyaml's own crashes the process where a file is nested too deeply.
+    """
+
+    def __init__(self, text: str) -> None:
+        CBaseLoader.__init__(self, text)
+        Composer.__init__(self)
+
+
+for _name, _words, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<", ["<"]),
+):
+    _Parser.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"(?:{_words})\Z"), _first)
+
+
 @lru_cache(maxsize=32)
 def _compose(text: str) -> Node | None:
     """Parse YAML; a process that loads a platform again pays for the changed files alone."""
-    node: Node | None = YAML(typ="safe", pure=True).compose(text)
+    node: Node | None = _Parser(text).get_single_node()
     return node
 
 
@@ -314,21 +343,22 @@ def _kind(node: Node) -> str:
     return f"the bare value '{node.value}'"
 
 
-def _syntax(error: MarkedYAMLError, shown: str, *, secret: bool) -> tuple[str, str]:
+def _syntax(error: MarkedYAMLError, shown: str, *, secret: bool, tabbed: bool) -> tuple[str, str]:
     """Say what a YAML syntax error means: message and remedy.
 
-    ``shown`` is the line to blame, empty where it may hold a secret; ``secret`` says that it does.
+    ``shown`` is the line to blame, empty where it may hold a secret; ``secret`` says that it does,
+    ``tabbed`` that tabs indent it.
     """
     problem = str(error.problem or error.context or "bad syntax")
     if secret:
         return f"bad YAML: {problem}", "put the value of this line in single quotes"
     excerpt = f" at '{shown}'" if shown else ""
     message = f"bad YAML{excerpt}: {problem}"
-    if "\\t" in problem or "tab" in problem:
+    if tabbed or "tab" in problem:
         return message, "indent with spaces, not with tabs"
     if "mapping values are not allowed" in problem:
         return message, "put the value in quotes if it contains ': ', or mend the indentation"
-    if "expected <block end>" in problem or "could not find expected ':'" in problem:
+    if any(f"expected {what}" in problem for what in ("key", "':'", "'-' indicator")):
         return message, "indent the line like its neighbours and write 'key: value'"
     if "quoted scalar" in f"{error.context} {problem}":
         return message, "close the quote"
