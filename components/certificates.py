@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pulumi
 
-from components.host import ClusterArgs, rolling
+from components.host import ClusterArgs, last, rolling
 from mailsite.model import Role
 
 
@@ -20,6 +20,6 @@ class Certificates(pulumi.ComponentResource):
     ) -> None:
         super().__init__("mail:index:Certificates", name, {}, opts)
         holders = rolling(self, args.fleet.members(Role.CERTIFICATES), args)
-        self.done = [holder.done for holder in holders]
-        self.issued = self.done[:1]
+        self.done = last(holders)
+        self.issued = last(holders[:1])
         self.register_outputs({})

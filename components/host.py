@@ -240,6 +240,13 @@ def rolling(
     return tuple(built)
 
 
+def last(members: Sequence[Host]) -> list[pulumi.Resource]:
+    """What to wait for to come after all ``members``, which :func:`rolling` built: each of them
+    waits for the one before it, so that the last one speaks for all.
+    """
+    return [member.done for member in members[-1:]]
+
+
 def _moving(host: SiteHost) -> pulumi.ResourceTransformation:
     """Let ``host`` keep its machine when it begins or ends to hold the certificate.
 

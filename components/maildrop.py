@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pulumi
 
-from components.host import ClusterArgs, rolling
+from components.host import ClusterArgs, last, rolling
 from mailsite.model import Role
 
 
@@ -16,5 +16,5 @@ class MaildropPair(pulumi.ComponentResource):
     ) -> None:
         super().__init__("mail:index:MaildropPair", name, {}, opts)
         replicas = rolling(self, args.fleet.members(Role.MAILDROP), args)
-        self.done = [replica.done for replica in replicas]
+        self.done = last(replicas)
         self.register_outputs({})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pulumi
 
-from components.host import ClusterArgs, rolling
+from components.host import ClusterArgs, last, rolling
 from mailsite.model import Role
 
 
@@ -16,5 +16,5 @@ class NginxStreams(pulumi.ComponentResource):
     ) -> None:
         super().__init__("mail:index:NginxStreams", name, {}, opts)
         frontends = rolling(self, args.fleet.members(Role.FRONTEND), args)
-        self.done = [frontend.done for frontend in frontends]
+        self.done = last(frontends)
         self.register_outputs({})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pulumi
 
-from components.host import ClusterArgs, rolling
+from components.host import ClusterArgs, last, rolling
 from mailsite.model import Role
 
 
@@ -16,5 +16,5 @@ class SmtpOutCluster(pulumi.ComponentResource):
     ) -> None:
         super().__init__("mail:index:SmtpOutCluster", name, {}, opts)
         members = rolling(self, args.fleet.members(Role.SMTP_OUT), args)
-        self.done = [member.done for member in members]
+        self.done = last(members)
         self.register_outputs({})

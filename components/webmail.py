@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pulumi
 
-from components.host import ClusterArgs, rolling
+from components.host import ClusterArgs, last, rolling
 from mailsite.model import Role
 
 
@@ -16,5 +16,5 @@ class Webmail(pulumi.ComponentResource):
     ) -> None:
         super().__init__("mail:index:Webmail", name, {}, opts)
         hosts = rolling(self, args.fleet.members(Role.WEBMAIL), args)
-        self.done = [host.done for host in hosts]
+        self.done = last(hosts)
         self.register_outputs({})
