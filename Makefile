@@ -3,6 +3,10 @@ STACK ?= prod
 PYTHON := .venv/bin/python
 REHEARSAL := $(PYTHON) -m rehearsal
 
+# Where it is set, as in many container images, every process compiles every module anew: the
+# SDKs of Pulumi's providers alone take longer than most tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help rehearsal contract test fast lint preview status verify down bootstrap
 
@@ -25,7 +29,7 @@ test: fast ## everything that CI runs
 	$(PYTHON) -m pytest tests --ignore=tests/unit --ignore=tests/graph
 
 fast: lint ## the tests that need neither root nor an engine
-	$(PYTHON) -m pytest -n auto tests/unit tests/graph
+	$(PYTHON) -m pytest -n auto --dist worksteal tests/graph tests/unit
 
 lint: .venv/.ready
 	.venv/bin/ruff check .

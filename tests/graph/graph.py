@@ -10,6 +10,7 @@ import asyncio
 import json
 import runpy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,20 @@ def build(
     callers that expect a failure.
     """
     graph = graph if graph is not None else Graph()
+    # A thread begins with an empty stack. The SDK sends the stack with each registration, and
+    # that of pytest takes longer to write down than anything else of it.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(_run, config, preview, program, graph, secret_keys).result()
+    return graph
+
+
+def _run(
+    config: Mapping[str, Any],
+    preview: bool,
+    program: Callable[[], None],
+    graph: Graph,
+    secret_keys: Sequence[str],
+) -> None:
     mocks = _PreviewMocks() if preview else _Mocks()
     texts = {
         f"{PROJECT}:{key}": value if isinstance(value, str) else json.dumps(value)
@@ -261,7 +276,6 @@ def build(
         return _exports(graph)
 
     run()
-    return graph
 
 
 def _exports(graph: Graph) -> pulumi.Output[None]:

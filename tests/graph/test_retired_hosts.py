@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -18,17 +19,18 @@ EDGE = PROD.members(Role.FRONTEND)[-1]
 MEMBER = next(h for h in PROD.members(Role.SMTP_OUT) if h.name != PROD.outbound.primary)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def leaving(edited: Callable[..., Graph]) -> Callable[[Host, str], Graph]:
-    """The graph of the platform with a host that leaves."""
+    """The graph of the platform with a host that leaves, each built once."""
 
-    def get(host: Host, how: str) -> Graph:
+    @cache
+    def get(name: str, how: str) -> Graph:
         def change(data: Any) -> None:
-            data["hosts"][host.name][how] = True
+            data["hosts"][name][how] = True
 
         return edited("prod", "topology.yaml", change)
 
-    return get
+    return lambda host, how: get(host.name, how)
 
 
 @pytest.fixture

@@ -71,10 +71,11 @@ def test_a_preview_of_the_committed_stacks_works_as_they_are(stack: str) -> None
     assert f"pulumi config set --secret --path 'mail:{key}[" in warning
 
 
-def test_a_preview_without_certificates_has_the_resources_of_an_update() -> None:
-    config = live_config("example")
-    bare = build(without(config, "certificates"), preview=True)
-    assert set(bare.registrations) == set(build(config).registrations)
+def test_a_preview_without_certificates_has_the_resources_of_an_update(
+    graphs: Callable[[str, bool], Graph],
+) -> None:
+    bare = build(without(live_config("example"), "certificates"), preview=True)
+    assert set(bare.registrations) == set(graphs("example", False).registrations)
 
 
 @pytest.fixture
@@ -260,9 +261,10 @@ def test_a_given_host_key_is_expected_of_the_host() -> None:
     assert graph.one(COMMAND, f"{HOST}-config").inputs["connection"]["hostKey"] == expected
 
 
-def test_secret_keys_of_the_configuration_are_secret_inputs_only() -> None:
-    graph = build(live_config("example"))
-    for push in graph.of_type(COMMAND):
+def test_secret_keys_of_the_configuration_are_secret_inputs_only(
+    graphs: Callable[[str, bool], Graph],
+) -> None:
+    for push in graphs("example", False).of_type(COMMAND):
         assert "connection.privateKey" in push.secret or "connection" in push.secret
 
 
