@@ -24,9 +24,10 @@ contract: .venv/.ready ## every check of the mail contract, the disruptive ones 
 	$(REHEARSAL) up --stack $(STACK)
 	$(REHEARSAL) verify --all
 
-# The second half wants the machine for itself: one platform at a time.
+# The last part wants the machine for itself: one platform at a time.
 test: fast ## everything that CI runs
-	$(PYTHON) -m pytest tests --ignore=tests/unit --ignore=tests/graph
+	$(PYTHON) -m pytest -n auto --dist loadfile tests/render
+	$(PYTHON) -m pytest tests $(addprefix --ignore=tests/,unit graph render)
 
 fast: lint ## the tests that need neither root nor an engine
 	$(PYTHON) -m pytest -n auto --dist worksteal tests/graph tests/unit
