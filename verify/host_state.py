@@ -83,6 +83,11 @@ ALLOWED: tuple[Allowed, ...] = (
         "the other one starts, or had no processor; both join again, and BOX-10 and SPAM-6"
         " see how soon",
     ),
+    Allowed(
+        "dovecot",
+        "Couldn't (verify|allocate) mailbox GUID .*Mailbox doesn't exist: probe-",
+        "a check deleted a folder of its own as a sync of it began; BOX-3 sees both equal",
+    ),
     Allowed("dovecot", "SIGHUP received - reloading", "a push or a renewed certificate reloads it"),
     Allowed(
         "dovecot",

@@ -667,8 +667,9 @@ class Lab:
         return RemoteSender(client, sender.domain, sender.host, sign, seal)
 
     def _internet4(self) -> Iterator[IPv4Address]:
-        """Addresses that are nobody's (RFC 5737), also not the platform's, in no order."""
+        """Addresses that are nobody's (RFC 5737), the platform and the office included."""
         own = [n.ipv4.prefix for n in self.platform.networks.values()]
+        own += [p for p in self.platform.management.networks if isinstance(p, IPv4Network)]
         candidates = [a for network in _NOBODYS for a in network.hosts()]
         spare = [a for a in candidates if not any(a in prefix for prefix in own)]
         random.shuffle(spare)
@@ -680,6 +681,7 @@ class Lab:
         Dovecot makes a whole /48 wait after a wrong password.
         """
         own = [n.ipv6.prefix for n in self.platform.networks.values()]
+        own += [p for p in self.platform.management.networks if isinstance(p, IPv6Network)]
         prefixes = [IPv6Network((0x20010DB8 << 96 | n << 80, 48)) for n in range(0x1000, 0xF000)]
         random.shuffle(prefixes)
         return self._free(
