@@ -7,6 +7,7 @@ once, by ``agent/bootstrap.sh``. What is on them beside must be unchanged after 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mailsite.cloud_init import mac_address
@@ -126,15 +127,27 @@ class ExistingMachine:
         )
         self._moved = kept is not None and kept.legs != self.machine.legs
 
-    def up(self) -> None:
-        """Boot the machine if it does not run, and make it ready for the platform."""
+    def up(self, trusted: Sequence[str] = ()) -> None:
+        """Boot the machine if it does not run, and make it ready for the platform.
+
+        Args:
+            trusted: Roots that it trusts besides the rehearsal's own, PEM, as Debian trusts many.
+        """
         if self._moved and self.machine.alive():
             self.machine.stop()
         if not self.machine.alive():
             self._install()
             self.machine.boot()
         self.machine.wait_booted()
+        self.trust(trusted)
         self._bootstrap()
+
+    def trust(self, more: Sequence[str]) -> None:
+        """Let programs that start from now on trust the roots ``more`` besides the rehearsal's."""
+        wanted = "".join((self._authority, *more))
+        path = f"/{_AUTHORITIES}"
+        if more and self.machine.run(["cat", path]).stdout != wanted:
+            self.machine.run(["tee", path], input=wanted)
 
     def _install(self) -> None:
         root = self.machine.mount()

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,9 @@ def up(site: Site, state: State, progress: Progress) -> dict[str, int]:
     steps += [*_boots(early), ("stand-in providers", lambda: start_standins(site, state))]
     _at_once(steps, progress)
     _write_overlay(state, platform, world, operators)
+    trusted = _acme_roots(platform, world)
+    for machine in early:
+        machine.trust(trusted)
 
     rehearsed = program.Program(state, site.stack, found)
     values = program.settings(
@@ -129,7 +133,7 @@ def up(site: Site, state: State, progress: Progress) -> dict[str, int]:
     )
     # Servers that only send mail are not needed before there is somebody to take it.
     with ThreadPoolExecutor(max_workers=_LATE_BOOTS) as pool:
-        booting = [pool.submit(_run, *step, progress) for step in _boots(late)]
+        booting = [pool.submit(_run, *step, progress) for step in _boots(late, trusted)]
         with progress.step(f"pulumi up --stack {site.stack}"):
             changes = rehearsed.up(progress, values=values)
     for boot in booting:
@@ -144,8 +148,8 @@ def _is_client(host: Host) -> bool:
     return set(host.roles) <= set(CLIENT_ROLES)
 
 
-def _boots(machines: Sequence[existing.ExistingMachine]) -> list[Step]:
-    return [(f"existing machine {each.host.name}", each.up) for each in machines]
+def _boots(machines: Sequence[existing.ExistingMachine], trusted: Sequence[str] = ()) -> list[Step]:
+    return [(f"existing machine {each.host.name}", partial(each.up, trusted)) for each in machines]
 
 
 def _run(what: str, act: Callable[[], None], progress: Progress) -> None:
@@ -168,6 +172,10 @@ def _acme_secrets(platform: Platform, world: World) -> dict[str, str]:
     return {acme_secret(variable): value for variable, value in world.acme_secrets.items()}
 
 
+def _acme_roots(platform: Platform, world: World) -> list[str]:
+    return [] if platform.certificates is None else [world.acme_root]
+
+
 def _write_overlay(
     state: State,
     platform: Platform,
@@ -183,7 +191,7 @@ def _write_overlay(
     }
     if platform.certificates is not None:
         overlay["acme"] = world.acme_access
-        overlay["ca_certificates"] = [*overlay["ca_certificates"], world.acme_root]
+        overlay["ca_certificates"] += _acme_roots(platform, world)
     text = json.dumps(overlay, indent=1) + "\n"
     path = state.world_overlay
     if not path.exists() or path.read_text(encoding="utf-8") != text:
