@@ -135,6 +135,13 @@ def proxy_sources(platform: Platform) -> tuple[IPNetwork, ...]:
     return internal_networks(platform, Role.FRONTEND)
 
 
+def _names_checks(platform: Platform, path: str) -> Iterator[Check]:
+    """Whether a given certificate has all names. The platform's own is looked at as it comes."""
+    if platform.certificates is None:
+        names = platform.certificate_names(platform.names.smtp_out)
+        yield certificate_names_check(path, names)
+
+
 def fragment(platform: Platform, host: Host) -> Fragment:
     """What makes ``host`` a member of smtp-out."""
     problems = [*_problems(platform, host)]
@@ -217,7 +224,7 @@ def fragment(platform: Platform, host: Host) -> Fragment:
             *checks(),
             Check("dovecot", ("doveconf", "-n"), ("/etc/dovecot/",), stderr_is_failure=True),
             certificate_check(certificate),
-            certificate_names_check(certificate, platform.certificate_names(name)),
+            *_names_checks(platform, certificate),
             Check("opendkim", ("opendkim", "-n"), ("/etc/opendkim.conf", "/etc/opendkim/")),
             Check("dkim", (CHECK_DKIM,), ("/etc/opendkim.conf", "/etc/opendkim/")),
             *relay.checks,
