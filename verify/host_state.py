@@ -84,8 +84,8 @@ ALLOWED: tuple[Allowed, ...] = (
         " see how soon",
     ),
     Allowed(
-        "dovecot",
-        "Couldn't (verify|allocate) mailbox GUID .*Mailbox doesn't exist: probe-",
+        "dovecot|pairsync",
+        r"Mailbox doesn't exist: probe-|Import mailbox probe-\S+: \w+ failed: Mailbox was deleted",
         "a check deleted a folder of its own as a sync of it began; BOX-3 sees both equal",
     ),
     Allowed("dovecot", "SIGHUP received - reloading", "a push or a renewed certificate reloads it"),
