@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 from mailsite.bundle import compose, compose_secrets
 from mailsite.loader import load_platform
 from mailsite.model import POSTFIX_ROLES, Host, Mta, Role
+from mailsite.roles import certificates
 from mailsite.secrets import required
 
-PLATFORM = load_platform(Path(__file__).resolve().parents[2] / "sites" / "prod")
+ROOT = Path(__file__).resolve().parents[2]
+PLATFORM = load_platform(ROOT / "sites/prod")
 HOSTS = tuple(PLATFORM.hosts.values())
 CLIENTS = [h for h in HOSTS if POSTFIX_ROLES.isdisjoint(h.roles)]
 SENDERS = [h for h in HOSTS if {Role.SMTP_IN, Role.MAILDROP} & {*h.roles}]
@@ -107,9 +110,18 @@ def test_a_mail_server_goes_only_where_the_site_says_so(word: Mta | None, kept: 
     assert compose(PLATFORM, host.model_copy(update={"mta": word})).keep_packages is kept
 
 
-def test_the_certificate_of_smtp_out_is_for_the_name_that_clients_know() -> None:
+def test_a_given_certificate_of_smtp_out_is_for_the_name_that_clients_know() -> None:
     names = PLATFORM.certificate_names(PLATFORM.names.smtp_out)
     assert names == (PLATFORM.names.smtp_out, PLATFORM.submission_host)
-    out = next(h for h in HOSTS if Role.SMTP_OUT in h.roles)
-    (check,) = (c for c in compose(PLATFORM, out).checks if c.name == "certificate-names")
-    assert check.command[-2:] == names
+    example = load_platform(ROOT / "sites/example")
+    assert example.certificates is None
+    out = example.members(Role.SMTP_OUT)[0]
+    (check,) = (c for c in compose(example, out).checks if c.name == "certificate-names")
+    assert check.command[-2:] == example.certificate_names(example.names.smtp_out)
+
+
+def test_a_certificate_of_the_platforms_own_has_the_name_that_clients_know() -> None:
+    holder = PLATFORM.members(Role.CERTIFICATES)[0]
+    config = json.loads(compose(PLATFORM, holder).files[certificates.CONFIG].content)
+    assert f"*.{PLATFORM.internal_domain}" in config["names"]
+    assert PLATFORM.submission_host == f"smtp-out.{PLATFORM.internal_domain}"
