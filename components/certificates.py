@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pulumi
 
-from components.host import ClusterArgs, last, rolling
+from components.host import CLUSTERS, ClusterArgs, last, rolling
 from mailsite.model import Role
 
 
@@ -18,7 +18,7 @@ class Certificates(pulumi.ComponentResource):
     def __init__(
         self, name: str, args: ClusterArgs, opts: pulumi.ResourceOptions | None = None
     ) -> None:
-        super().__init__("mail:index:Certificates", name, {}, opts)
+        super().__init__(CLUSTERS[Role.CERTIFICATES], name, {}, opts)
         holders = rolling(self, args.fleet.members(Role.CERTIFICATES), args)
         self.done = last(holders)
         self.issued = last(holders[:1])

@@ -16,14 +16,7 @@ from mailsite.bundle import Bundle, compose
 from mailsite.model import CLIENT_ROLES, Platform, Role
 from mailsite.model import Host as SiteHost
 
-#: Roles that the platform builds, in the order of precedence for hosts with several.
-TIERS = (
-    Role.CERTIFICATES,
-    *(Role.SMTP_OUT, Role.SMTP_IN, Role.RSPAMD, Role.MAILDROP, Role.WEBMAIL, Role.FRONTEND),
-    *CLIENT_ROLES,
-)
-
-#: Role -> type of the component that owns its hosts.
+#: Each role that the platform builds -> type of the component that owns its hosts.
 CLUSTERS: Mapping[Role, str] = {
     Role.CERTIFICATES: "mail:index:Certificates",
     Role.SMTP_OUT: "mail:index:SmtpOutCluster",
@@ -40,7 +33,7 @@ _DIAL_SECONDS = 15
 
 def tier(host: SiteHost) -> Role | None:
     """The role whose cluster owns ``host``: the first of its roles that is built."""
-    return next((role for role in host.roles if role in TIERS), None)
+    return next((role for role in host.roles if role in CLUSTERS), None)
 
 
 @dataclass(frozen=True)

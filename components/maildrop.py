@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pulumi
 
-from components.host import ClusterArgs, last, rolling
+from components.host import CLUSTERS, ClusterArgs, last, rolling
 from mailsite.model import Role
 
 
@@ -14,7 +14,7 @@ class MaildropPair(pulumi.ComponentResource):
     def __init__(
         self, name: str, args: ClusterArgs, opts: pulumi.ResourceOptions | None = None
     ) -> None:
-        super().__init__("mail:index:MaildropPair", name, {}, opts)
+        super().__init__(CLUSTERS[Role.MAILDROP], name, {}, opts)
         replicas = rolling(self, args.fleet.members(Role.MAILDROP), args)
         self.done = last(replicas)
         self.register_outputs({})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pulumi
 
-from components.host import ClusterArgs, last, rolling
+from components.host import CLUSTERS, ClusterArgs, last, rolling
 from mailsite.model import Role
 
 
@@ -14,7 +14,7 @@ class NginxStreams(pulumi.ComponentResource):
     def __init__(
         self, name: str, args: ClusterArgs, opts: pulumi.ResourceOptions | None = None
     ) -> None:
-        super().__init__("mail:index:NginxStreams", name, {}, opts)
+        super().__init__(CLUSTERS[Role.FRONTEND], name, {}, opts)
         frontends = rolling(self, args.fleet.members(Role.FRONTEND), args)
         self.done = last(frontends)
         self.register_outputs({})

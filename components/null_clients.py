@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pulumi
 
-from components.host import ClusterArgs, rolling
+from components.host import CLUSTERS, ClusterArgs, rolling
 from mailsite.model import CLIENT_ROLES
 
 
@@ -20,7 +20,7 @@ class NullClients(pulumi.ComponentResource):
     def __init__(
         self, name: str, args: ClusterArgs, opts: pulumi.ResourceOptions | None = None
     ) -> None:
-        super().__init__("mail:index:NullClients", name, {}, opts)
+        super().__init__(CLUSTERS[CLIENT_ROLES[0]], name, {}, opts)
         machines = [host for role in CLIENT_ROLES for host in args.fleet.members(role)]
         first = rolling(self, machines[:1], args)
         rest = replace(args, after=[host.done for host in first])

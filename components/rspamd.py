@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pulumi
 
-from components.host import ClusterArgs, last, rolling
+from components.host import CLUSTERS, ClusterArgs, last, rolling
 from mailsite.model import Role
 
 
@@ -14,7 +14,7 @@ class RspamdCluster(pulumi.ComponentResource):
     def __init__(
         self, name: str, args: ClusterArgs, opts: pulumi.ResourceOptions | None = None
     ) -> None:
-        super().__init__("mail:index:RspamdCluster", name, {}, opts)
+        super().__init__(CLUSTERS[Role.RSPAMD], name, {}, opts)
         members = rolling(self, args.fleet.members(Role.RSPAMD), args)
         self.done = last(members)
         self.register_outputs({})

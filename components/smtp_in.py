@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pulumi
 
-from components.host import ClusterArgs, last, rolling
+from components.host import CLUSTERS, ClusterArgs, last, rolling
 from mailsite.model import Role
 
 
@@ -14,7 +14,7 @@ class SmtpInCluster(pulumi.ComponentResource):
     def __init__(
         self, name: str, args: ClusterArgs, opts: pulumi.ResourceOptions | None = None
     ) -> None:
-        super().__init__("mail:index:SmtpInCluster", name, {}, opts)
+        super().__init__(CLUSTERS[Role.SMTP_IN], name, {}, opts)
         members = rolling(self, args.fleet.members(Role.SMTP_IN), args)
         self.done = last(members)
         self.register_outputs({})

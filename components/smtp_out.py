@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pulumi
 
-from components.host import ClusterArgs, last, rolling
+from components.host import CLUSTERS, ClusterArgs, last, rolling
 from mailsite.model import Role
 
 
@@ -14,7 +14,7 @@ class SmtpOutCluster(pulumi.ComponentResource):
     def __init__(
         self, name: str, args: ClusterArgs, opts: pulumi.ResourceOptions | None = None
     ) -> None:
-        super().__init__("mail:index:SmtpOutCluster", name, {}, opts)
+        super().__init__(CLUSTERS[Role.SMTP_OUT], name, {}, opts)
         members = rolling(self, args.fleet.members(Role.SMTP_OUT), args)
         self.done = last(members)
         self.register_outputs({})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pulumi
 
-from components.host import ClusterArgs, last, rolling
+from components.host import CLUSTERS, ClusterArgs, last, rolling
 from mailsite.model import Role
 
 
@@ -14,7 +14,7 @@ class Webmail(pulumi.ComponentResource):
     def __init__(
         self, name: str, args: ClusterArgs, opts: pulumi.ResourceOptions | None = None
     ) -> None:
-        super().__init__("mail:index:Webmail", name, {}, opts)
+        super().__init__(CLUSTERS[Role.WEBMAIL], name, {}, opts)
         hosts = rolling(self, args.fleet.members(Role.WEBMAIL), args)
         self.done = last(hosts)
         self.register_outputs({})

@@ -116,8 +116,8 @@ def up(site: Site, state: State, progress: Progress) -> dict[str, int]:
     late = [e for e in operators if _is_client(e.host)]
     steps += [*_boots(early), ("stand-in providers", lambda: start_standins(site, state))]
     _at_once(steps, progress)
-    _write_overlay(state, platform, world, operators)
-    trusted = _acme_roots(platform, world)
+    trusted = [] if platform.certificates is None else [world.acme_root]
+    _write_overlay(state, platform, world, operators, trusted)
     for machine in early:
         machine.trust(trusted)
 
@@ -172,26 +172,22 @@ def _acme_secrets(platform: Platform, world: World) -> dict[str, str]:
     return {acme_secret(variable): value for variable, value in world.acme_secrets.items()}
 
 
-def _acme_roots(platform: Platform, world: World) -> list[str]:
-    return [] if platform.certificates is None else [world.acme_root]
-
-
 def _write_overlay(
     state: State,
     platform: Platform,
     world: World,
     operators: Sequence[existing.ExistingMachine],
+    acme_roots: Sequence[str],
 ) -> None:
     """What the world is like: the only thing that a rehearsal changes in the site data."""
     overlay: dict[str, Any] = {
         "trust_anchors": list(world.trust_anchors),
-        "ca_certificates": [Authority(state.ca).root_pem],
+        "ca_certificates": [Authority(state.ca).root_pem, *acme_roots],
         "resolvers": list(existing.resolvers()),
         "ssh_host_keys": {e.host.name: e.public_key for e in operators},
     }
     if platform.certificates is not None:
         overlay["acme"] = world.acme_access
-        overlay["ca_certificates"] += _acme_roots(platform, world)
     text = json.dumps(overlay, indent=1) + "\n"
     path = state.world_overlay
     if not path.exists() or path.read_text(encoding="utf-8") != text:

@@ -141,8 +141,7 @@ def _expect_no_failed_unit(machine: LabMachine) -> None:
 
 def _expect_no_ordering_cycle(machine: LabMachine) -> None:
     """Out of a cycle systemd leaves a unit, another one at each boot: it may be any of them."""
-    words = ("-q", "-o", "cat", "--no-pager", "-g", "[Oo]rdering cycle")
-    said = machine.call("journalctl", "-b", "_PID=1", *words).stdout
+    said = machine.machine.logs("-b", "_PID=1", "--output=cat", "--grep=[Oo]rdering cycle")
     expect(not said, f"{machine.name}: {said.strip()}")
 
 

@@ -667,9 +667,8 @@ class Lab:
         return RemoteSender(client, sender.domain, sender.host, sign, seal)
 
     def _internet4(self) -> Iterator[IPv4Address]:
-        """Addresses that are nobody's (RFC 5737), the platform and the office included."""
-        own = [n.ipv4.prefix for n in self.platform.networks.values()]
-        own += [p for p in self.platform.management.networks if isinstance(p, IPv4Network)]
+        """Addresses that are nobody's (RFC 5737), not ours and not the office's, in no order."""
+        own = [n.ipv4.prefix for n in self.platform.networks.values()] + self._offices4()
         candidates = [a for network in _NOBODYS for a in network.hosts()]
         spare = [a for a in candidates if not any(a in prefix for prefix in own)]
         random.shuffle(spare)
@@ -691,11 +690,13 @@ class Lab:
     def _neighbours4(self, seat: IPv4Address) -> Iterator[IPv4Address]:
         """Addresses beside the seat's own, in no order."""
         around = [n.ipv4.prefix for n in self.platform.networks.values() if seat in n.ipv4.prefix]
-        managed = [p for p in self.platform.management.networks if isinstance(p, IPv4Network)]
-        around += [p for p in managed if seat in p] if not around else []
+        around += [p for p in self._offices4() if seat in p] if not around else []
         spare = [a for prefix in around for a in prefix.hosts()]
         random.shuffle(spare)
         return self._free(spare)
+
+    def _offices4(self) -> list[IPv4Network]:
+        return [p for p in self.platform.management.networks if isinstance(p, IPv4Network)]
 
     def _free(self, addresses: Iterable[A]) -> Iterator[A]:
         """Leave out what somebody has."""

@@ -719,6 +719,18 @@ def _warnings(ctx: Context, member: Host, since: float) -> list[str]:
     return ctx.lab.machine(member).journal(since, "reject_warning|RBL lookup error")
 
 
+def _forget_client(ctx: Context, door: Door, zones: Iterable[str]) -> IPAddress:
+    """The member's resolver forgets what the lists ``zones`` said of the door's client before.
+
+    Returns the address that the client has there.
+    """
+    source = door.client.source(door.address)
+    assert source is not None
+    names = [ctx.lab.world.list_name(zone, source) for zone in zones]
+    ctx.lab.machine(door.member).forget(names=names)
+    return source
+
+
 def _dead_lists(ctx: Context, zones: list[str]) -> str:
     """All lists fail, then one is silent: mail is taken, and a warning names the list."""
     world = ctx.lab.world
@@ -727,10 +739,7 @@ def _dead_lists(ctx: Context, zones: list[str]) -> str:
         def look(door: Door) -> float:
             # Names that no resolver remembers: it would serve yesterday's answer (RFC 8767).
             fresh = f"{token_hex(6)}.invalid"
-            source = door.client.source(door.address)
-            assert source is not None
-            known = [world.list_name(zone, source) for zone in zones]  # of a check before
-            ctx.lab.machine(door.member).forget(names=known)
+            _forget_client(ctx, door, zones)
             started = time.monotonic()
             with replace(door, helo=f"helo.{fresh}").session(ctx) as session:
                 session.ehlo()
@@ -1080,10 +1089,7 @@ def clients_are_seen(ctx: Context) -> str:
 
     def asked(door: Door) -> None:
         """By a client that no resolver remembers."""
-        source = door.client.source(door.address)
-        assert source is not None
-        names = [world.list_name(zone, source) for zone in zones]
-        ctx.lab.machine(door.member).forget(names=names)
+        source = _forget_client(ctx, door, zones)
         began = time.time()
         with door.session(ctx) as session:
             session.ehlo()

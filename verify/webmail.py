@@ -365,7 +365,7 @@ def the_standby_takes_over(ctx: Context) -> str:
     each(
         ctx.doors,
         lambda door: eventually(
-            lambda: _reaches(ctx, client, door, first),
+            partial(_reaches, ctx, client, door, first),
             seconds=60,
             every=1.0,
             what=f"{door[0]} [{door[1]}] to lead to the first host",

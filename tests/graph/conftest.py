@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -10,24 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from mailsite.loader import load_platform
 from mailsite.model import Platform
 from mailsite.secrets import required
+from tests.site_data import read, write
 
 from .graph import MARK, ROOT, Graph, build
 
 SITES = ("example", "prod")
-
-
-def read(path: Path) -> Any:
-    return yaml.load(path.read_text(), Loader=yaml.CSafeLoader)
-
-
-def write(path: Path, content: Any) -> None:
-    """Write a file of site data: JSON is YAML, and quick to write."""
-    path.write_text(json.dumps(content, indent=1))
 
 
 def stack_config(site: str) -> dict[str, Any]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mailsite.loader import PARTS, SiteError, load_platform, load_site
 from mailsite.model import Platform
+from tests.site_data import read, write
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "sites" / "example"
@@ -26,17 +25,7 @@ Case = dict[str, Any]
 
 def cases(kind: str = "*") -> list[Case]:
     """The bad sites of one file of ``bad_sites/``, or of all."""
-    return [case for path in sorted(BAD_SITES.glob(f"{kind}.yaml")) for case in plain(path)]
-
-
-def plain(path: Path) -> Any:
-    """The content of a YAML file of ours."""
-    return yaml.load(path.read_text(), Loader=yaml.CSafeLoader)
-
-
-def write(path: Path, content: Any) -> None:
-    """Write a file of site data: JSON is YAML, and quick to write."""
-    path.write_text(json.dumps(content, indent=1))
+    return [case for path in sorted(BAD_SITES.glob(f"{kind}.yaml")) for case in read(path)]
 
 
 CASES = cases()
@@ -174,7 +163,7 @@ def test_a_broken_part_never_raises_anything_else(part: str, site: Path) -> None
     for file, parts in PARTS.items():
         if part not in parts:
             continue
-        content = plain(site / file)
+        content = read(site / file)
         content[part] = "nonsense/"
         write(site / file, content)
         assert problems(site)[0].file == str(site / file)
@@ -323,7 +312,7 @@ MUTATED = (*PARTS, "mailboxes.yaml", "domains/example.org.yaml", "domains/office
 
 
 def _mutator() -> Callable[[Path, str, int, Any], None]:
-    originals = {f: plain(EXAMPLE / f) for f in MUTATED}
+    originals = {f: read(EXAMPLE / f) for f in MUTATED}
 
     def mutate(site: Path, file: str, choice: int, value: Any) -> None:
         content = copy.deepcopy(originals[file])

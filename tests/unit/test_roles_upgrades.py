@@ -56,9 +56,8 @@ def test_a_machine_reboots_by_itself_only_if_the_site_says_so(reboot: bool) -> N
 
 @pytest.mark.parametrize("host", MANAGED, ids=lambda h: h.name)
 def test_a_member_looks_at_all_others_by_a_port_that_is_open_to_it(host: Host) -> None:
-    shared = [
-        role for role in host.roles if role is not Role.CERTIFICATES
-    ]  # the two wait for nobody
+    # The two that hold the certificate wait for nobody.
+    shared = [role for role in host.roles if role is not Role.CERTIFICATES]
     cluster = [m for role in shared for m in PLATFORM.serving(role) if m != host]
     found = upgrades.peers(PLATFORM, host)
     if host.main_role is Role.WEBMAIL:  # open to the frontends alone
