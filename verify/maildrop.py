@@ -6,7 +6,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
@@ -443,18 +443,41 @@ def _follow_script(
     there: Host, scripts: managesieve.Session, others: managesieve.Session, lags: Lags
 ) -> None:
     name = f"probe-{secrets.token_hex(6)}"
+    before = scripts.scripts()
     reply = scripts.put(name, 'require "fileinto";\nkeep;\n')
     expect(reply.verdict == "OK", f"a script is refused: {reply.text}")
     _seen(f"{there.name}: a script", lags.others, lambda: name in others.scripts())
     scripts.activate(name)
     _seen(f"{there.name}: an active script", lags.others, lambda: others.scripts().get(name))
-    # A sync compares whole seconds: of two changes in one the newer is not known.
-    second = int(time.time())
-    eventually(lambda: expect(time.time() >= second + 1, "the second is not over"), seconds=2)
+    _next_second()
     scripts.activate("")
     _seen(f"{there.name}: no active script", lags.others, lambda: not others.scripts().get(name))
     scripts.delete(name)
     _seen(f"{there.name}: a deleted script", lags.others, lambda: name not in others.scripts())
+    # The platform's default is active again by itself, a user's own script is not.
+    own = next((script for script, active in before.items() if active), "")
+    if own and not scripts.scripts().get(own):
+        _next_second()
+        scripts.activate(own)
+        _seen(f"{there.name}: {own} active", lags.others, lambda: others.scripts().get(own))
+    _expect_scripts(scripts, before)
+
+
+def _expect_scripts(scripts: managesieve.Session, before: Mapping[str, bool]) -> None:
+    """All scripts are as they were, and the same one is active."""
+
+    def as_before() -> None:
+        after = scripts.scripts()
+        expect(after == before, f"scripts before: {before}, afterwards: {after}")
+
+    # A sync that is under way brings back what is deleted meanwhile; the next one knows.
+    eventually(as_before, seconds=15)
+
+
+def _next_second() -> None:
+    """A sync compares whole seconds: of two changes in one the newer is not known."""
+    second = int(time.time())
+    eventually(lambda: expect(time.time() >= second + 1, "the second is not over"), seconds=2)
 
 
 # -- BOX-5 --------------------------------------------------------------------------------------
@@ -479,13 +502,7 @@ def filters_file_mail(ctx: Context) -> str:
         keywords = _filed(session, "Junk", tagged)
         expect("$Junk" in keywords, f"tagged mail has the keywords {keywords}, and not $Junk")
         _own_script_runs(ctx, replica, owner, scripts, session)
-
-        def as_before() -> None:
-            after = scripts.scripts()
-            expect(after == before, f"scripts before: {before}, afterwards: {after}")
-
-        # A sync that is under way brings back what is deleted meanwhile; the next one knows.
-        eventually(as_before, seconds=15)
+        _expect_scripts(scripts, before)
     return (
         f"through {door}: a script of {owner.user} files mail into a folder; tagged mail gets $Junk"
         " before it, and goes into Junk by the default where there is none; after it user+tag goes"
