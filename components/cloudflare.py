@@ -11,6 +11,8 @@ from importlib.metadata import version
 
 import pulumi
 
+_VERSION = version("pulumi-cloudflare")
+
 
 class DnsRecord(pulumi.CustomResource):
     """One record of a zone.
@@ -44,7 +46,7 @@ class DnsRecord(pulumi.CustomResource):
             "proxied": proxied,
             "comment": comment,
         }
-        provider = pulumi.ResourceOptions(version=version("pulumi-cloudflare"))
+        provider = pulumi.ResourceOptions(version=_VERSION)
         super().__init__(
             self.pulumi_type, resource_name, inputs, pulumi.ResourceOptions.merge(provider, opts)
         )

@@ -41,7 +41,7 @@ class ConfigPushArgs:
     """``secrets``: values by name, all that the host's bundle asks for.
 
     ``machine`` is the resource whose replacement calls for a new push, None for a machine that
-    the platform did not make. ``after`` must be done before the host changes.
+    the platform did not make. It and ``after`` must be done before the host is configured.
     """
 
     host: Host

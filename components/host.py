@@ -180,7 +180,8 @@ class Host(pulumi.ComponentResource):
                 ),
                 provider=args.access.provider,
                 machine=machine,
-                after=[*args.after, *args.certificates],
+                # The machine, which the push waits for, has waited for ``after``.
+                after=[*(args.after if machine is None else ()), *args.certificates],
             ),
             pulumi.ResourceOptions(parent=self),
         )
