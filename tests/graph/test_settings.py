@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -218,47 +219,63 @@ def pem(key: Any, private_format: Any = form.PrivateFormat.TraditionalOpenSSL) -
     return str(encoded.decode())
 
 
-def test_a_given_dkim_key_is_used_and_its_public_half_published() -> None:
-    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    given = pem(key)
-    public = key.public_key().public_bytes(
-        form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo
-    )
-    config = live_config("example", secrets={"dkim/example.org/s2026": given})
-    graph = build(config)
+@dataclass(frozen=True)
+class Brought:
+    """Secrets by name, one of each kind, and the graph of the example with them."""
+
+    secrets: Mapping[str, str]
+    graph: Graph
+
+
+@pytest.fixture(scope="module")
+def brought() -> Brought:
+    dkim = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    host_key = ed25519.Ed25519PrivateKey.generate()
+    secrets = {
+        "dkim/example.org/s2026": pem(dkim),
+        "sasl/webmail": f"{{BLF-CRYPT}}$2y$05${MARK}webmail",
+        "sasl-password/webmail": f"{MARK}0123456789abcdef",
+        "sasl/alice": f"{{BLF-CRYPT}}$2y$05${MARK}alice",
+        f"ssh-host-key/{HOST}": pem(host_key, form.PrivateFormat.OpenSSH),
+    }
+    return Brought(secrets, build(live_config("example", secrets=secrets)))
+
+
+def test_a_given_dkim_key_is_used_and_its_public_half_published(brought: Brought) -> None:
+    graph, given = brought.graph, brought.secrets["dkim/example.org/s2026"]
+    public = form.load_pem_private_key(given.encode(), None).public_key()
+    encoded = public.public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
     assert "dkim-example.org-s2026" not in {r.name for r in graph.of_type(PRIVATE_KEY)}
-    assert public_key_base64(public.decode()) in graph.outputs["zones"].replace('" "', "")
+    assert public_key_base64(encoded.decode()) in graph.outputs["zones"].replace('" "', "")
     push = graph.one(COMMAND, f"{HOST}-secrets")
     assert json.dumps(given)[1:-1] in push.inputs["stdin"]
     body = given.splitlines()[1]
     assert not any(body in r.visible for r in graph.registrations.values())
 
 
-def test_webmail_logs_in_with_a_password_that_was_given_with_its_hash() -> None:
-    hashed, plain = f"{{BLF-CRYPT}}$2y$05${MARK}", f"{MARK}0123456789abcdef".replace(" ", "-")
-    given = {"sasl/webmail": hashed, "sasl-password/webmail": plain}
-    graph = build(live_config("example", secrets=given))
+def test_webmail_logs_in_with_a_password_that_was_given_with_its_hash(brought: Brought) -> None:
+    graph = brought.graph
+    hashed, plain = (brought.secrets[f"{kind}/webmail"] for kind in ("sasl", "sasl-password"))
     assert plain in graph.one(COMMAND, "web1.hosts.example.org-secrets").inputs["stdin"]
     assert hashed in graph.one(COMMAND, f"{HOST}-secrets").inputs["stdin"]
     assert plain not in graph.one(COMMAND, f"{HOST}-secrets").inputs["stdin"]
-    assert not any(MARK in r.visible for r in graph.registrations.values())
 
 
-def test_a_given_hash_replaces_the_generated_password() -> None:
-    hashed = f"{{BLF-CRYPT}}$2y$05${MARK}"
-    graph = build(live_config("example", secrets={"sasl/alice": hashed}))
-    assert "alice" not in graph.outputs["sasl_passwords"]
-    assert hashed in graph.one(COMMAND, f"{HOST}-secrets").inputs["stdin"]
-    assert not any(MARK in r.visible for r in graph.registrations.values())
+def test_a_given_hash_replaces_the_generated_password(brought: Brought) -> None:
+    assert "alice" not in brought.graph.outputs["sasl_passwords"]
+    push = brought.graph.one(COMMAND, f"{HOST}-secrets")
+    assert brought.secrets["sasl/alice"] in push.inputs["stdin"]
 
 
-def test_a_given_host_key_is_expected_of_the_host() -> None:
-    key = ed25519.Ed25519PrivateKey.generate()
-    given = pem(key, form.PrivateFormat.OpenSSH)
-    graph = build(live_config("example", secrets={f"ssh-host-key/{HOST}": given}))
-    expected = public_half(given)
+def test_a_given_host_key_is_expected_of_the_host(brought: Brought) -> None:
+    expected = public_half(brought.secrets[f"ssh-host-key/{HOST}"])
     assert expected.startswith("ssh-ed25519 ")
-    assert graph.one(COMMAND, f"{HOST}-config").inputs["connection"]["hostKey"] == expected
+    config = brought.graph.one(COMMAND, f"{HOST}-config")
+    assert config.inputs["connection"]["hostKey"] == expected
+
+
+def test_no_secret_that_was_given_is_visible(brought: Brought) -> None:
+    assert not any(MARK in r.visible for r in brought.graph.registrations.values())
 
 
 def test_secret_keys_of_the_configuration_are_secret_inputs_only(
