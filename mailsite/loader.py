@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin
@@ -697,7 +697,7 @@ def _validate(reader: _Reader, data: dict[str, Data]) -> tuple[Platform, frozens
 def _partial(data: Mapping[str, Data], bad: set[Location]) -> Platform:
     """A platform of the valid parts alone, for the rules that can still be checked."""
     values: dict[str, Data] = {}
-    for part, info in Platform.model_fields.items():
+    for part in Platform.model_fields:
         if (part,) in bad or part not in data:
             if part in COLLECTIONS:
                 values[part] = {}
@@ -705,7 +705,11 @@ def _partial(data: Mapping[str, Data], bad: set[Location]) -> Platform:
         content = data[part]
         if part in COLLECTIONS:
             content = {k: v for k, v in content.items() if (part, k) not in bad}
-        annotation: Any = info.annotation
-        adapter: TypeAdapter[Any] = TypeAdapter(annotation)
-        values[part] = adapter.validate_json(json.dumps(content), strict=True)
+        values[part] = _adapter(part).validate_json(json.dumps(content), strict=True)
     return Platform.model_construct(**values)
+
+
+@cache
+def _adapter(part: str) -> TypeAdapter[Any]:
+    annotation: Any = Platform.model_fields[part].annotation
+    return TypeAdapter(annotation)
