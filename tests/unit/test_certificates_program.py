@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rehearsal.ca import Authority, Issued
 
 DAY = datetime.timedelta(days=1)
 NOW = datetime.datetime.now(datetime.UTC)
+READ = cache(program.read)
 NAMES = ("*.pelican.example", "mx.deep.pelican.example")
 ME, GROUP = getpass.getuser(), grp.getgrgid(os.getgid()).gr_name
 
@@ -97,6 +99,12 @@ class Host(Store):
 
     def content(self, path: str) -> str:
         return self.live(path).read_text()
+
+
+@pytest.fixture(autouse=True)
+def reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run of OpenSSL for each text: the tests ask about the same few over and over."""
+    monkeypatch.setattr(program, "read", READ)
 
 
 @pytest.fixture

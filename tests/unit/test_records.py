@@ -117,7 +117,10 @@ def test_quoting_survives_a_dns_library(text: str) -> None:
     assert b"".join(rdata.strings) == text.encode()
 
 
-@given(st.lists(st.from_regex(r"ip6:[0-9a-f:]{4,30}/48", fullmatch=True), min_size=1, max_size=90))
+IP6_TERMS = st.text("0123456789abcdef:", min_size=4, max_size=30).map("ip6:{}/48".format)
+
+
+@given(st.lists(IP6_TERMS, min_size=1, max_size=90))
 def test_terms_of_a_long_spf_record_stay_apart(terms: list[str]) -> None:
     text = spf_text([*terms, "~all"])
     joined = "".join(txt_strings(text))

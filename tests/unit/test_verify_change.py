@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class Context:
 
     site: Path
 
-    @property
+    @cached_property
     def platform(self) -> Platform:
         return load_platform(self.site)
 
