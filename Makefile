@@ -30,7 +30,7 @@ test: fast ## everything that CI runs
 	$(PYTHON) -m pytest tests $(addprefix --ignore=tests/,unit graph render)
 
 fast: lint ## the tests that need neither root nor an engine
-	$(PYTHON) -m pytest -n auto --dist worksteal tests/graph tests/unit
+	$(PYTHON) -m pytest -n auto --dist worksteal tests/unit tests/graph
 
 lint: .venv/.ready
 	.venv/bin/ruff check .
