@@ -115,6 +115,7 @@ class Daemon:
             self._scripts,
             self._suspects,
             self.rests,
+            self.changes,
         )
         self._wake = asyncio.Event()
         self._runs: set[asyncio.Task[Result]] = set()
@@ -211,6 +212,10 @@ class Daemon:
         """Whether no run may begin now (:class:`pairsync.server.Guests`)."""
         return self._queue.rests(user, time.monotonic())
 
+    def changes(self, user: str) -> bool:
+        """Whether the user changed since the last run began (:class:`pairsync.server.Guests`)."""
+        return user in self._dirty
+
     def came(self, user: str) -> bool:
         """A run of the peer's begins."""
         try:
@@ -222,18 +227,20 @@ class Daemon:
     def common(self, user: str) -> repair.Common:
         return repair.common(self._states.of(user).sync)
 
-    def left(self, user: str, *, well: bool) -> None:
+    def left(self, user: str, *, well: bool | None) -> None:
         try:
-            self._unsettled.guest(user, time.monotonic())
-            if well:
-                self._suspects.discard(user)
-                self._markers.left(user)
-            else:
+            if well is not None:
+                self._unsettled.guest(user, time.monotonic())
+            if well is False:
                 self._suspects.add(user)
                 self._markers.broke_off(user)
+            else:
+                self._markers.left(user)
+            if well:
+                self._suspects.discard(user)
         except OSError as error:
             self._marker_problem = f"changed users cannot be noted: {error.strerror}"
-        if not well:
+        if well is False:
             self._notice(user, time.time())
             self._wake.set()
 
@@ -465,6 +472,8 @@ class Daemon:
                 await asyncio.to_thread(self._flush)
             if self._peer.up:
                 for user in self._unsettled.due(time.monotonic()):
+                    # What dsync brought back while the user took it away is found then, too.
+                    self._suspects.add(user)
                     self._queue.settle(user, time.monotonic())
             self._write_metrics()
             self._wake.set()

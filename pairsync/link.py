@@ -13,8 +13,11 @@ line. Each proves that it knows the shared secret, without showing it, before it
     server: {"go": true, "deleted": {...}} and then the bytes of dsync, or {"busy": true}, or,
             where one of the two suspects that mails were left out (pairsync.repair),
             {"repair": {folder: uid}, "deleted": {...}}
-    client: {"after": {folder: uid}}                server: {"mails": {folder: [[uid, guid]]}}
-    client: {"renumber": {folder: [uid]}}           server: {"go": true}
+    client: {"after": {folder: uid}}
+    server: {"mails": {folder: [[uid, guid]]}, "back": {folder: [[uid, guid]]},
+             "histories": {folder: {...}}}
+    client: {"expunge": {folder: [uid]}, "renumber": {folder: [uid]}}
+    server: {"go": true}
     server: {"error": ...} in place of any of its lines
 """
 

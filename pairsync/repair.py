@@ -1,4 +1,5 @@
-"""After a run that broke off: keep dsync from taking what it did not carry for deleted.
+"""Before a run that follows one that broke off: keep dsync from losing mails, and from bringing
+back what users took away.
 
 dsync commits what it has of a run that breaks off, and it carries mails in no order. So a mail
 can be missing on one server below others that both have, and the next run, a full one too, takes
@@ -7,22 +8,30 @@ shows it). Before that run such mails get a new UID at the end of their folder, 
 them for new.
 
 Only mails newer than the last good run count: what both had then and one has not now was deleted.
+And what a user deleted or moved away since, as the folders' logs tell (pairsync.history), is
+deleted on the other server as well: it would be there again, one that was moved in two folders.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
+import contextlib
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
 
+from pairsync import history, notify
 from pairsync.doveadm import Doveadm, DovecotError
+from pairsync.history import History, Life, Mail
 
 Common = dict[str, int]
 """Folder (its GUID) -> highest UID up to which both had the same."""
 
-Listing = dict[str, list[tuple[int, str]]]
+Listing = dict[str, list[Mail]]
 """Folder (its GUID) -> UID and GUID of mails, in the order of their UIDs."""
 
 _VERSION = 1
@@ -48,13 +57,22 @@ def latest(one: Mapping[str, int], other: Mapping[str, int]) -> Common:
     return {folder: max(one.get(folder, 0), other.get(folder, 0)) for folder in {*one, *other}}
 
 
-def holes(mine: Listing, theirs: Listing) -> dict[str, list[int]]:
-    """UIDs of mails here that the other one has not, below one that both have."""
+_NOTHING: Common = {}
+
+
+def holes(
+    mine: Listing, theirs: Listing, both: Mapping[str, int] = _NOTHING
+) -> dict[str, list[int]]:
+    """UIDs of mails here that the other one has not, below one that both have.
+
+    ``both``: folder -> highest UID of a mail that both have or had; dsync finds it in their logs.
+    """
     found = {}
     for folder, mails in mine.items():
         other = theirs.get(folder, [])
         guids = {guid for _, guid in other}
         matched = max((uid for uid, _ in set(mails) & set(other)), default=0)
+        matched = max(matched, both.get(folder, 0))
         missing = [uid for uid, guid in mails if uid < matched and guid not in guids]
         if missing:
             found[folder] = missing
@@ -63,38 +81,150 @@ def holes(mine: Listing, theirs: Listing) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class Mailbox:
-    """Mails of a user here."""
+    """Mails of a user here, newer than the last good run."""
 
     mails: Listing
+    histories: Mapping[str, History]
+    """Folder (its GUID) -> its history, of mails that are newer or there."""
     names: Mapping[str, str]
     """Folder (its GUID) -> its name."""
+    present: Mapping[str, Set[Mail]]
+    """Folder (its GUID) -> all of its mails."""
+
+    def document(self) -> dict[str, Any]:
+        """For the peer."""
+        histories = {
+            folder: [[*astuple(life)] for life in lives] for folder, lives in self.histories.items()
+        }
+        return {"mails": self.mails, "histories": histories}
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Mailbox:
+        """What the peer sent."""
+        histories = {
+            str(folder): [
+                Life(int(uid), str(guid), bool(by_dsync), tuple(map(int, before)), bool(taken))
+                for uid, guid, by_dsync, before, taken in lives
+            ]
+            for folder, lives in document["histories"].items()
+        }
+        return cls(_listing(document["mails"]), histories, {}, {})
+
+
+def _listing(document: Mapping[str, Any]) -> Listing:
+    return {
+        str(folder): [(int(uid), str(guid)) for uid, guid in mails]
+        for folder, mails in document.items()
+    }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done on one server.
+
+    :param expunge: folder (its GUID) -> mails to delete; most of them are not there any more
+    :param renumber: folder (its GUID) -> UIDs of mails to give new ones
+    """
+
+    expunge: Listing
+    renumber: Mapping[str, Sequence[int]]
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Plan:
+        """What the peer sent."""
+        renumber = {str(f): list(map(int, uids)) for f, uids in document["renumber"].items()}
+        return cls(_listing(document["expunge"]), renumber)
+
+
+def plans(mine: Mailbox, theirs: Mailbox) -> tuple[Plan, Plan]:
+    """What is to be done here and there."""
+    gone: Listing = {}
+    both: Common = {}
+    for folder in {*mine.histories, *theirs.histories}:
+        histories = [box.histories.get(folder, ()) for box in (mine, theirs)]
+        if unwanted := history.unwanted(histories):
+            gone[folder] = sorted(unwanted)
+        one, other = ({(life.uid, life.guid) for life in lives} for lives in histories)
+        both[folder] = max((uid for uid, _ in one & other), default=0)
+    here, there = (_without(box.mails, gone) for box in (mine, theirs))
+    return Plan(gone, holes(here, there, both)), Plan(gone, holes(there, here, both))
+
+
+def _without(mails: Listing, gone: Listing) -> Listing:
+    return {
+        folder: [mail for mail in found if mail not in gone.get(folder, ())]
+        for folder, found in mails.items()
+    }
 
 
 async def look(doveadm: Doveadm, user: str, after: Mapping[str, int]) -> Mailbox:
     """List mails newer than the UIDs in ``after``. Raises :class:`DovecotError`."""
-    reply = await doveadm.run(user, "fetch", " ".join(("mailbox", *_FIELDS)), "all")
-    if reply.code:
-        raise DovecotError(f"doveadm fetch for {user}: {reply.log or reply.code}")
-    mails: Listing = {}
+    present: Listing = {}
+    for folder, uid, guid in await _rows(doveadm, user, 3, "fetch", " ".join(_FIELDS), "all"):
+        present.setdefault(folder, []).append((int(uid), guid))
+    # Only then the logs: what is taken away meanwhile is neither in the list nor unexplained.
     names: dict[str, str] = {}
-    width = len(_FIELDS) + 1
-    values = reply.values[: len(reply.values) // width * width]
-    for at in range(0, len(values), width):
-        name, folder, uid, guid = values[at : at + width]
+    histories: dict[str, History] = {}
+    for name, folder in await _rows(doveadm, user, 2, "mailbox status", "guid", "*"):
         names[folder] = name
-        if int(uid) > after.get(folder, 0):
-            mails.setdefault(folder, []).append((int(uid), guid))
-    return Mailbox(mails, names)
+        logs = await _logs(doveadm, user, name)
+        here, newest = present.get(folder, []), after.get(folder, 0)
+        lives = await asyncio.to_thread(history.read, logs, here)
+        wanted = {guid for _, guid in here} | {life.guid for life in lives if life.uid > newest}
+        histories[folder] = [life for life in lives if life.guid in wanted]
+    mails = {
+        folder: newer
+        for folder, found in present.items()
+        if (newer := [mail for mail in found if mail[0] > after.get(folder, 0)])
+    }
+    return Mailbox(mails, histories, names, {folder: set(f) for folder, f in present.items()})
 
 
-async def renumber(
-    doveadm: Doveadm, user: str, box: Mailbox, found: Mapping[str, Sequence[int]]
-) -> int:
-    """Give mails new UIDs; returns how many. Raises :class:`DovecotError`."""
-    for folder, uids in found.items():
-        name = box.names[folder]
-        which = ",".join(map(str, uids))
-        reply = await doveadm.run(user, "move", name, "mailbox", name, "uid", which)
-        if reply.code:
-            raise DovecotError(f"doveadm move for {user} in {name}: {reply.log or reply.code}")
-    return sum(map(len, found.values()))
+async def _logs(doveadm: Doveadm, user: str, name: str) -> list[bytes]:
+    rows = await _rows(doveadm, user, 1, "mailbox path", "-t", "index", name)
+    found = []
+    for log in history.LOGS:
+        with contextlib.suppress(OSError):
+            found.append(await asyncio.to_thread(Path(rows[0][0], log).read_bytes))
+    return found
+
+
+async def _rows(doveadm: Doveadm, user: str, width: int, *words: str) -> list[tuple[str, ...]]:
+    reply = await doveadm.run(user, *words)
+    if reply.code:
+        raise DovecotError(f"doveadm {words[0]} for {user}: {reply.log or reply.code}")
+    whole = len(reply.values) // width * width
+    return [reply.values[at : at + width] for at in range(0, whole, width)]
+
+
+async def mend(doveadm: Doveadm, user: str, box: Mailbox, plan: Plan) -> int:
+    """Carry out a plan here; returns how many mails got new UIDs.
+
+    Raises :class:`DovecotError`.
+    """
+    for folder, unwanted in plan.expunge.items():
+        if gone := sorted(box.present.get(folder, set()) & set(unwanted)):
+            name, which = box.names[folder], ",".join(str(uid) for uid, _ in gone)
+            await _rows(doveadm, user, 1, "expunge", "mailbox", name, "uid", which)
+            notify.log(notify.INFO, f"{user}: taken away by the user, in {name}: UIDs {which}")
+    for folder, uids in plan.renumber.items():
+        name, which = box.names[folder], ",".join(map(str, uids))
+        await _rows(doveadm, user, 1, "move", name, "mailbox", name, "uid", which)
+        notify.log(notify.INFO, f"{user}: left out by a broken run, in {name}: UIDs {which}")
+    return sum(map(len, plan.renumber.values()))
+
+
+async def bury(doveadm: Doveadm, user: str) -> None:
+    """Delete what the user took away here while dsync was giving it another UID.
+
+    Raises :class:`DovecotError`.
+    """
+    for name, folder in await _rows(doveadm, user, 2, "mailbox status", "guid", "*"):
+        lives = await asyncio.to_thread(history.read, await _logs(doveadm, user, name), ())
+        copied = {(life.uid, life.guid) for life in lives if life.before}
+        if copies := sorted(history.unwanted([lives]) & copied):
+            query = ("mailbox-guid", folder, "uid", ",".join(str(uid) for uid, _ in copies))
+            rows = await _rows(doveadm, user, 2, "fetch", "uid guid", *query)
+            left = {(int(uid), guid) for uid, guid in rows}
+            box = Mailbox({}, {}, {folder: name}, {folder: left})
+            await mend(doveadm, user, box, Plan({folder: copies}, {}))

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pairsync import repair
@@ -112,6 +112,7 @@ class Runner:
         scripts: Scripts | None,
         suspects: set[str],
         rests: Callable[[str], bool],
+        changes: Callable[[str], bool],
     ) -> None:
         self._config = config
         self._doveadm = doveadm
@@ -122,6 +123,7 @@ class Runner:
         self._scripts = scripts
         self._suspects = suspects
         self._rests = rests
+        self._changes = changes
         self.renumbered = 0
         self._slots = [
             _Slot(config.files.run / f"slot-{number}") for number in range(config.sync.parallel)
@@ -171,6 +173,8 @@ class Runner:
                 self._suspects.add(job.user)
                 carrier = _Carrier(slot, grant, traffic, seconds)
                 reply = await carrier.sync(self._doveadm, job.user, state)
+                if self._changes(job.user):
+                    await repair.bury(self._doveadm, job.user)
                 if reply is None:
                     return Outcome.STALLED, f"nothing moved for {seconds:g} s"
                 return self._judge(job, reply, deleted, state, traffic)
@@ -214,14 +218,10 @@ class Runner:
         after = repair.latest(repair.common(self._states.of(user).sync), theirs)
         await send(grant.writer, {"after": after})
         mine = await repair.look(self._doveadm, user, after)
-        answer = await receive(grant.reader, _REPAIR_SECONDS)
-        other = {
-            folder: [(int(uid), str(guid)) for uid, guid in mails]
-            for folder, mails in dict(answer["mails"]).items()
-        }
-        await send(grant.writer, {"renumber": repair.holes(other, mine.mails)})
-        count = await repair.renumber(self._doveadm, user, mine, repair.holes(mine.mails, other))
-        self.renumbered += count
+        other = repair.Mailbox.of(await receive(grant.reader, _REPAIR_SECONDS))
+        plan, for_peer = repair.plans(mine, other)
+        await send(grant.writer, asdict(for_peer))
+        self.renumbered += await repair.mend(self._doveadm, user, mine, plan)
         await receive(grant.reader, _REPAIR_SECONDS)
 
     async def _begin(self, user: str) -> bool:

@@ -24,7 +24,7 @@ from pairsync.link import (
 )
 from pairsync.peer import without_delay
 from pairsync.relay import Traffic, relay, silence
-from pairsync.repair import Common, look, renumber
+from pairsync.repair import Common, Plan, bury, look, mend
 from pairsync.schedule import Turns
 from pairsync.sieve import ScriptError
 
@@ -45,14 +45,17 @@ class Guests(Protocol):
     def rests(self, user: str) -> bool:
         """Whether no run may begin at the moment."""
 
+    def changes(self, user: str) -> bool:
+        """Whether it was changed since its last run here began."""
+
     def came(self, user: str) -> bool:
         """A run begins. Whether mails may have been left out by an earlier one."""
 
     def common(self, user: str) -> Common:
         """What both had after the last good run that this server knows of."""
 
-    def left(self, user: str, *, well: bool) -> None:
-        """The run has ended."""
+    def left(self, user: str, *, well: bool | None) -> None:
+        """The run has ended; None: before dsync began, so nothing is better or worse."""
 
 
 class Server:
@@ -221,10 +224,12 @@ class Server:
                 for task in (carrying, waiting):
                     task.cancel()
                 await asyncio.gather(carrying, waiting, return_exceptions=True)
+            if self._guests.changes(user):
+                await bury(self._doveadm, user)
         except (DovecotError, ScriptError) as error:
             await send(writer, {"error": f"its Dovecot: {error}"})
         finally:
-            self._guests.left(user, well=not begun or await self._word(request))
+            self._guests.left(user, well=await self._word(request) if begun else None)
             if local is not None and traffic.size:
                 local.transport.abort()
             elif local is not None:
@@ -244,9 +249,9 @@ class Server:
         await send(writer, {"repair": self._guests.common(user), "deleted": dict(deleted)})
         after = await receive(reader, _REPAIR_SECONDS)
         box = await look(self._doveadm, user, after["after"])
-        await send(writer, {"mails": box.mails})
+        await send(writer, box.document())
         wanted = await receive(reader, _REPAIR_SECONDS)
-        await renumber(self._doveadm, user, box, wanted["renumber"])
+        await mend(self._doveadm, user, box, Plan.of(wanted))
         await send(writer, {"go": True})
 
     async def _admit(self, user: str) -> bool:

@@ -14,7 +14,7 @@ from rehearsal import image
 from rehearsal.progress import Progress, RehearsalError
 from tests.pairsync.pair import Pair
 
-_USERS = 60
+_USERS = 90
 
 
 @pytest.fixture(scope="package")

@@ -444,7 +444,8 @@ class Server:
         for line in mails.splitlines()[1:]:
             mailbox, uid, guid, flags, message = line.split("\t")
             kept = " ".join(sorted(f for f in flags.split() if f != "\\Recent"))
-            folders[mailbox].append((uid, guid, kept, message))
+            # One that came between the two commands is not listed yet.
+            folders.setdefault(mailbox, []).append((uid, guid, kept, message))
         return {
             "folders": {name: sorted(found) for name, found in folders.items()},
             "subscribed": sorted(subscribed.splitlines()),

@@ -1,0 +1,161 @@
+"""What became of the mails of a folder, from Dovecot's log of it (``dovecot.index.log``).
+
+The log tells two things that nothing else does (mail-transaction-log.h, Dovecot 2.4): whether a
+mail is missing because a user took it away or because it never came, and under which UID dsync put
+a mail that it found in the way of another one's.
+
+Logs older than two days are gone. What they would have told is unknown then, never wrong.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LOGS = ("dovecot.index.log.2", "dovecot.index.log")
+"""In the folder of a folder's index, the older one first."""
+
+_HEADER = struct.Struct("<xxH")
+_RECORD = struct.Struct("<BBBBI")
+_APPEND, _INTRO, _DATA, _EXPUNGE = 0x2, 0x40, 0x200, 0x2000 | 0xCD90
+_TYPE, _DONE, _DSYNC = 0x0FFFFFFF, 0x10000000, 0x20000000
+_NEW = struct.Struct("<IB3x")
+_WITH_GUID = struct.Struct("<I16s")
+# Data of so many bytes for each mail, aligned so: mdbox's GUIDs, and nothing else.
+_INTRODUCED, _GUIDS = struct.Struct("<12xHH"), (16, 1)
+_UNKNOWN = "0" * 32
+
+Mail = tuple[int, str]
+"""UID and GUID."""
+
+
+@dataclass(frozen=True)
+class Life:
+    """A mail under one UID of a folder, on one server.
+
+    :param by_dsync: whether dsync put it there
+    :param before: the UID that dsync took it from, in this folder; there may be several to choose
+        from, and none where it came from the other server
+    :param taken: whether somebody deleted it or moved it away, other than dsync
+    """
+
+    uid: int
+    guid: str
+    by_dsync: bool = False
+    before: tuple[int, ...] = ()
+    taken: bool = False
+
+
+History = Sequence[Life]
+"""Of one folder, on one server: what is there, and what was as far as its log tells."""
+
+
+def read(logs: Sequence[bytes], present: Sequence[Mail]) -> History:
+    """The history that logs tell, the older one first; ``present`` is what is in the folder now."""
+    guids: dict[int, str] = {}
+    taken: set[int] = set()
+    came: dict[int, int] = {}
+    went: dict[int, int] = {}
+    # dsync copies first, then it deletes what it copied.
+    batch, deletes = 0, False
+    names_guids = False
+    for kind, body in (record for log in logs for record in _records(log)):
+        what = kind & _TYPE
+        if what == _INTRO:
+            names_guids = len(body) >= _INTRODUCED.size and _INTRODUCED.unpack_from(body) == _GUIDS
+        elif what == _DATA and names_guids:
+            guids.update((uid, guid.hex()) for uid, guid in _whole(_WITH_GUID, body))
+        elif what == _APPEND and kind & _DSYNC:
+            batch, deletes = batch + deletes, False
+            came.update((uid, batch) for uid, _ in _whole(_NEW, body))
+        elif what == _EXPUNGE:
+            gone = {uid: guid.hex() for uid, guid in _whole(_WITH_GUID, body)}
+            guids.update((uid, guid) for uid, guid in gone.items() if guid != _UNKNOWN)
+            if kind & _DSYNC:
+                deletes = True
+                went.update(dict.fromkeys(gone, batch))
+            elif not kind & _DONE:
+                taken.update(gone)
+    guids.update(present)
+    olds: dict[tuple[int, str], list[int]] = {}
+    for old, number in went.items():
+        olds.setdefault((number, guids.get(old, _UNKNOWN)), []).append(old)
+    found = []
+    for uid, guid in guids.items():
+        number = came.get(uid, -1)
+        before = tuple(old for old in olds.get((number, guid), ()) if old < uid)
+        # It may be made of one that nothing more is known of.
+        unclear = not before and (number, _UNKNOWN) in olds
+        found.append(Life(uid, guid, uid in came and not unclear, before, uid in taken))
+    return found
+
+
+def _whole(shape: struct.Struct, body: bytes) -> Iterator[tuple[Any, ...]]:
+    return shape.iter_unpack(body[: len(body) // shape.size * shape.size])
+
+
+def _records(log: bytes) -> Iterator[tuple[int, bytes]]:
+    """Type and content of each record that is whole."""
+    if len(log) < _HEADER.size:
+        return
+    (at,) = _HEADER.unpack_from(log)
+    while at + _RECORD.size <= len(log):
+        *quarters, kind = _RECORD.unpack_from(log, at)
+        size = 0
+        for quarter in quarters:
+            size = size << 7 | quarter & 0x7F
+        size <<= 2
+        # One that is being written has not all of these bits yet.
+        if not all(quarter & 0x80 for quarter in quarters) or size < _RECORD.size:
+            return
+        yield kind, log[at + _RECORD.size : at + size]
+        at += size
+
+
+def unwanted(histories: Sequence[History]) -> set[Mail]:
+    """What a folder must not have on any of the servers whose histories these are.
+
+    Those of mails that somebody took away: such a mail is there again, or still, where the run
+    that would have told the other server broke off, or where dsync was just giving it another UID.
+    Who takes a mail away takes all that dsync made of it, here and there. What came by other means
+    (the same mail moved back) is another one, and so is what may be.
+    """
+    found: set[Mail] = set()
+    for guid in {life.guid for history in histories for life in history if life.taken}:
+        lives = [{life.uid: life for life in h if life.guid == guid} for h in histories]
+        found.update((uid, guid) for uid in _dead(lives))
+    return found
+
+
+def _dead(lives: Sequence[Mapping[int, Life]]) -> set[int]:
+    """UIDs of one mail whose lives are over or should be; ``lives`` for each server."""
+    parents = {uid: _parents(uid, lives) for known in lives for uid in known}
+    origins = {uid: set() if before else {uid} for uid, before in parents.items()}
+    while grown := {
+        uid: more
+        for uid, before in parents.items()
+        if (more := set().union(*(origins[parent] for parent in before)) - origins[uid])
+    }:
+        for uid, more in grown.items():
+            origins[uid] |= more
+    taken = {uid for known in lives for uid, life in known.items() if life.taken}
+    over = set().union(*(origins[uid] for uid in taken if len(origins[uid]) == 1))
+    # Where a mail may have come from several, all of them must be over.
+    return taken | {uid for uid, found in origins.items() if found and found <= over}
+
+
+def _parents(uid: int, lives: Sequence[Mapping[int, Life]]) -> set[int]:
+    """From which UIDs dsync may have made this one; none: it did not, or nobody knows."""
+    uids = {uid for known in lives for uid in known}
+    if not all(known[uid].by_dsync for known in lives if uid in known):
+        return set()
+    found: set[int] = set()
+    for known in lives:
+        if uid in known:
+            found.update(known[uid].before)
+            others = [other for other in lives if other is not known]
+            if not known[uid].before and not any(uid in other for other in others):
+                found.update(u for other in others for u in other)
+    return found - {uid} if found <= uids else set()

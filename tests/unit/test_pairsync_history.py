@@ -1,0 +1,191 @@
+"""What the logs of folders tell about mails that are on one server and not on the other."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pairsync.history import Life, read, unwanted
+from pairsync.repair import Mailbox, plans
+
+G, H = "0a" * 16, "0b" * 16
+APPEND, INTRO, DATA, EXPUNGE = 0x2, 0x40, 0x200, 0x2000 | 0xCD90
+DONE, DSYNC = 0x10000000, 0x20000000
+
+
+def record(kind: int, body: bytes) -> bytes:
+    size = (len(body) + 8) >> 2
+    coded = bytes(0x80 | size >> shift & 0x7F for shift in (21, 14, 7, 0))
+    return coded + struct.pack("<I", kind) + body
+
+
+def log(*records: bytes) -> bytes:
+    return struct.pack("<BBH36x", 1, 3, 40) + b"".join(records)
+
+
+def append(uid: int, guid: str, by: int = 0) -> bytes:
+    """As mdbox does it: the mail, then its GUID."""
+    return (
+        record(APPEND | DONE | by, struct.pack("<IB3x", uid, 0))
+        + record(INTRO | DONE, struct.pack("<IIIHHHH", 5, 0, 0, 16, 1, 1, 0))
+        + record(DATA | DONE, struct.pack("<I16s", uid, bytes.fromhex(guid)))
+    )
+
+
+def wish(uid: int, by: int = 0) -> bytes:
+    """IMAP does not say which mail it is that it wants to be gone."""
+    return record(EXPUNGE | by, struct.pack("<I16s", uid, bytes(16)))
+
+
+def done(uid: int, guid: str, by: int = 0) -> bytes:
+    return record(EXPUNGE | DONE | by, struct.pack("<I16s", uid, bytes.fromhex(guid)))
+
+
+def gone(*histories: Sequence[Life]) -> set[int]:
+    return {uid for uid, _ in unwanted(histories)}
+
+
+def test_a_log_tells_who_took_a_mail_away() -> None:
+    here = log(append(1, G), append(2, H), wish(1), done(1, G), wish(2, DSYNC), done(2, H))
+    assert read([here], []) == [Life(1, G, taken=True), Life(2, H)]
+
+
+def test_what_a_user_took_away_is_unwanted_on_the_other_server() -> None:
+    here = read([log(append(4, G), wish(4), done(4, G))], [])
+    there = read([log(append(4, G, DSYNC))], [(4, G)])
+    assert unwanted([here, there]) == {(4, G)}
+
+
+def test_another_mail_with_the_same_uid_is_not_touched() -> None:
+    here = read([log(append(4, G), wish(4), done(4, G))], [])
+    there = read([log(append(4, H))], [(4, H)])
+    assert unwanted([here, there]) == {(4, G)}
+
+
+def test_a_mail_that_was_moved_back_stays() -> None:
+    here = read([log(append(4, G), wish(4), done(4, G), append(7, G))], [(7, G)])
+    there = read([log(append(4, G, DSYNC), append(7, G, DSYNC))], [(4, G), (7, G)])
+    assert gone(here, there) == {4}
+
+
+def test_a_copy_that_dsync_made_while_the_user_took_it_away_is_unwanted() -> None:
+    """Seen: dsync gives a mail another UID by copying it, also one that is gone by then."""
+    here = read(
+        [log(append(1, G), wish(1), done(1, G), append(4, G, DSYNC), wish(1, DSYNC))], [(4, G)]
+    )
+    assert gone(here) == {1, 4}
+    there = read([log(append(4, G, DSYNC))], [(4, G)])
+    assert gone(here, there) == {1, 4}
+
+
+def test_a_mail_moved_back_while_dsync_copied_it_stays() -> None:
+    """Seen: 1 was moved to 3; dsync made 4 of 1, then 8 of 3, then 10 of 8."""
+    here = log(
+        *(append(1, G), append(3, G), wish(1), done(1, G), append(4, G, DSYNC), wish(1, DSYNC)),
+        *(append(8, G, DSYNC), done(3, "00" * 16, DSYNC)),
+        *(append(10, G, DSYNC), wish(8, DSYNC), done(8, G)),
+    )
+    there = log(append(4, G, DSYNC), append(10, G, DSYNC))
+    both = [(4, G), (10, G)]
+    assert gone(read([here], both), read([there], both)) == {1, 4}
+
+
+def test_a_mail_taken_away_under_another_uid_is_unwanted() -> None:
+    """Seen: a run that broke off brought 5 as 8, and there it was moved; here it became 10."""
+    here = log(append(8, G, DSYNC), wish(8), done(8, G), append(17, G, DSYNC))
+    there = log(
+        *(append(5, G), append(10, G, DSYNC), wish(5, DSYNC), done(5, G)),
+        *(append(17, G, DSYNC), wish(10, DSYNC), done(10, G)),
+    )
+    assert gone(read([here], [(17, G)]), read([there], [(17, G)])) == {5, 8, 10, 17}
+
+
+def test_a_mail_that_came_back_from_the_other_server_is_unwanted() -> None:
+    """Seen: 7 went there as 13 and was deleted; 15 is 13 that came back, and 19 both of them."""
+    here = log(
+        *(append(7, G), wish(7), done(7, G), append(15, G, DSYNC)),
+        *(append(19, G, DSYNC), wish(15, DSYNC), done(15, G)),
+    )
+    there = log(append(13, G, DSYNC), append(19, G, DSYNC), wish(13, DSYNC), done(13, G))
+    assert gone(read([here], [(19, G)]), read([there], [(19, G)])) == {7, 13, 15, 19}
+
+
+def test_a_mail_that_may_be_another_one_stays() -> None:
+    """Seen: one server made 38 and 40 of 33 and 34, the other one of 23, which was taken away."""
+    here = log(append(23, G, DSYNC), append(38, G, DSYNC), append(40, G, DSYNC), wish(23, DSYNC))
+    there = log(
+        *(append(16, G), append(21, G), wish(16), done(16, G)),
+        *(append(23, G, DSYNC), wish(16, DSYNC), append(33, G, DSYNC), done(21, G, DSYNC)),
+        *(append(34, G), wish(23), done(23, G)),
+        *(append(38, G, DSYNC), append(40, G, DSYNC), wish(33, DSYNC), wish(34, DSYNC)),
+    )
+    both = [(38, G), (40, G)]
+    assert gone(read([here], both), read([there], both)) == {16, 23}
+
+
+def test_a_copy_of_a_mail_that_nothing_is_known_of_stays() -> None:
+    here = log(append(4, G, DSYNC), done(3, "00" * 16, DSYNC))
+    there = log(append(2, G), wish(2), done(2, G))
+    assert gone(read([here], [(4, G)]), read([there], [])) == {2}
+
+
+@pytest.mark.parametrize("cut", range(4))
+def test_a_record_that_is_being_written_ends_the_log(cut: int) -> None:
+    whole = log(append(1, G), wish(1), done(1, G))
+    assert read([whole + record(EXPUNGE, bytes(20))[:cut]], []) == read([whole], [])
+    assert read([b"x" * cut], [(1, G)]) == [Life(1, G)]
+
+
+def test_an_older_log_counts_too() -> None:
+    assert read([log(append(1, G), wish(1)), log(done(1, G))], []) == [Life(1, G, taken=True)]
+
+
+@given(st.binary(max_size=200))
+def test_whatever_a_log_holds_the_mails_that_are_there_are_known(content: bytes) -> None:
+    assert (1, G) in [(life.uid, life.guid) for life in read([log() + content], [(1, G)])]
+
+
+_LIVES = st.lists(
+    st.builds(
+        Life,
+        uid=st.integers(1, 9),
+        guid=st.sampled_from("gh"),
+        by_dsync=st.booleans(),
+        before=st.lists(st.integers(1, 9), max_size=2).map(tuple),
+        taken=st.booleans(),
+    ),
+    unique_by=lambda life: life.uid,
+    max_size=6,
+)
+
+
+@given(_LIVES, _LIVES)
+def test_what_nobody_took_away_stays(here: list[Life], there: list[Life]) -> None:
+    taken = {life.guid for life in (*here, *there) if life.taken}
+    assert {guid for _, guid in unwanted([here, there])} == taken
+
+
+def box(mails: list[tuple[int, str]], lives: Sequence[Life]) -> Mailbox:
+    return Mailbox({"i": mails}, {"i": lives}, {"i": "INBOX"}, {"i": set(mails)})
+
+
+def test_only_what_nobody_took_away_is_left_out() -> None:
+    mine = [(1, "a"), (2, G), (3, H), (4, "d")]
+    theirs = [(1, "a"), (4, "d")]
+    lives = [Life(uid, guid) for uid, guid in mine]
+    one, other = plans(box(mine, lives), box(theirs, [Life(2, G, taken=True)]))
+    assert one.expunge == {"i": [(2, G)]}
+    assert one.renumber == {"i": [3]}
+    assert other.renumber == {}
+    assert Mailbox.of(box(mine, lives).document()).mails == {"i": mine}
+
+
+def test_a_mail_below_one_that_both_had_is_left_out() -> None:
+    """Seen: dsync finds in the logs that both had 9, which was deleted, and deleted 8 for it."""
+    here = box([(7, G), (8, "left out")], [Life(7, G), Life(8, "left out"), Life(9, H)])
+    there = box([(7, G)], [Life(7, G), Life(9, H, taken=True)])
+    assert plans(here, there)[0].renumber == {"i": [8]}
