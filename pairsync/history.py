@@ -46,6 +46,7 @@ class Life:
     by_dsync: bool = False
     before: tuple[int, ...] = ()
     taken: bool = False
+    is_there: bool = False
 
 
 History = Sequence[Life]
@@ -58,6 +59,7 @@ def read(logs: Sequence[bytes], present: Sequence[Mail]) -> History:
     taken: set[int] = set()
     came: dict[int, int] = {}
     went: dict[int, int] = {}
+    here = set(present)
     # dsync copies first, then it deletes what it copied.
     batch, deletes = 0, False
     names_guids = False
@@ -67,9 +69,16 @@ def read(logs: Sequence[bytes], present: Sequence[Mail]) -> History:
             names_guids = len(body) >= _INTRODUCED.size and _INTRODUCED.unpack_from(body) == _GUIDS
         elif what == _DATA and names_guids:
             guids.update((uid, guid.hex()) for uid, guid in _whole(_WITH_GUID, body))
-        elif what == _APPEND and kind & _DSYNC:
-            batch, deletes = batch + deletes, False
-            came.update((uid, batch) for uid, _ in _whole(_NEW, body))
+        elif what == _APPEND:
+            uids = [uid for uid, _ in _whole(_NEW, body)]
+            for uid in uids:
+                # Where Dovecot repaired the folder after a crash, a UID may come again.
+                taken.discard(uid)
+                for known in (guids, came, went):
+                    known.pop(uid, None)
+            if kind & _DSYNC:
+                batch, deletes = batch + deletes, False
+                came.update(dict.fromkeys(uids, batch))
         elif what == _EXPUNGE:
             gone = {uid: guid.hex() for uid, guid in _whole(_WITH_GUID, body)}
             guids.update((uid, guid) for uid, guid in gone.items() if guid != _UNKNOWN)
@@ -88,7 +97,8 @@ def read(logs: Sequence[bytes], present: Sequence[Mail]) -> History:
         before = tuple(old for old in olds.get((number, guid), ()) if old < uid)
         # It may be made of one that nothing more is known of.
         unclear = not before and (number, _UNKNOWN) in olds
-        found.append(Life(uid, guid, uid in came and not unclear, before, uid in taken))
+        by_dsync = uid in came and not unclear
+        found.append(Life(uid, guid, by_dsync, before, uid in taken, (uid, guid) in here))
     return found
 
 
@@ -126,6 +136,22 @@ def unwanted(histories: Sequence[History]) -> set[Mail]:
     for guid in {life.guid for history in histories for life in history if life.taken}:
         lives = [{life.uid: life for life in h if life.guid == guid} for h in histories]
         found.update((uid, guid) for uid in _dead(lives))
+    return found
+
+
+def surplus(histories: Sequence[History], newest: int) -> set[Mail]:
+    """What is in a folder more than once, of which what is newer than a UID is too much.
+
+    A run that broke off right after dsync had copied mails to give them new UIDs leaves both. None
+    of them is missed: they have one GUID, so one content.
+    """
+    found: set[Mail] = set()
+    places = [{(life.uid, life.guid) for life in h if life.is_there} for h in histories]
+    for guid in {guid for here in places for _, guid in here}:
+        uids = [{uid for uid, other in here if other == guid} for here in places]
+        if any(len(here) > 1 for here in uids):
+            kept = min(set.intersection(*uids) or set.union(*uids))
+            found.update((uid, guid) for uid in set.union(*uids) if uid > newest and uid != kept)
     return found
 
 

@@ -103,8 +103,8 @@ class Mailbox:
         """What the peer sent."""
         histories = {
             str(folder): [
-                Life(int(uid), str(guid), bool(by_dsync), tuple(map(int, before)), bool(taken))
-                for uid, guid, by_dsync, before, taken in lives
+                Life(int(uid), str(guid), bool(by_dsync), tuple(map(int, before)), *map(bool, more))
+                for uid, guid, by_dsync, before, *more in lives
             ]
             for folder, lives in document["histories"].items()
         }
@@ -136,13 +136,24 @@ class Plan:
         return cls(_listing(document["expunge"]), renumber)
 
 
-def plans(mine: Mailbox, theirs: Mailbox) -> tuple[Plan, Plan]:
-    """What is to be done here and there."""
+def plans(
+    mine: Mailbox, theirs: Mailbox, after: Mapping[str, int] = _NOTHING, *, broken: bool = False
+) -> tuple[Plan, Plan]:
+    """What is to be done here and there.
+
+    ``after`` is up to where both had the same, ``broken``: a run broke off since.
+    """
     gone: Listing = {}
     both: Common = {}
     for folder in {*mine.histories, *theirs.histories}:
         histories = [box.histories.get(folder, ()) for box in (mine, theirs)]
-        if unwanted := history.unwanted(histories):
+        unwanted = history.unwanted(histories)
+        if broken:
+            left = [
+                [life for life in h if (life.uid, life.guid) not in unwanted] for h in histories
+            ]
+            unwanted |= history.surplus(left, after.get(folder, 0))
+        if unwanted:
             gone[folder] = sorted(unwanted)
         one, other = ({(life.uid, life.guid) for life in lives} for lives in histories)
         both[folder] = max((uid for uid, _ in one & other), default=0)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pairsync.history import Life, read, unwanted
+from pairsync.history import Life, read, surplus, unwanted
 from pairsync.repair import Mailbox, plans
 
 G, H = "0a" * 16, "0b" * 16
@@ -51,7 +51,9 @@ def gone(*histories: Sequence[Life]) -> set[int]:
 
 def test_a_log_tells_who_took_a_mail_away() -> None:
     here = log(append(1, G), append(2, H), wish(1), done(1, G), wish(2, DSYNC), done(2, H))
-    assert read([here], []) == [Life(1, G, taken=True), Life(2, H)]
+    assert read([here], [(3, H)]) == [
+        *(Life(1, G, taken=True), Life(2, H), Life(3, H, is_there=True))
+    ]
 
 
 def test_what_a_user_took_away_is_unwanted_on_the_other_server() -> None:
@@ -137,7 +139,22 @@ def test_a_copy_of_a_mail_that_nothing_is_known_of_stays() -> None:
 def test_a_record_that_is_being_written_ends_the_log(cut: int) -> None:
     whole = log(append(1, G), wish(1), done(1, G))
     assert read([whole + record(EXPUNGE, bytes(20))[:cut]], []) == read([whole], [])
-    assert read([b"x" * cut], [(1, G)]) == [Life(1, G)]
+    assert read([b"x" * cut], [(1, G)]) == [Life(1, G, is_there=True)]
+
+
+def test_a_uid_that_comes_again_is_another_mail() -> None:
+    """Seen: Dovecot repairs a folder after a crash, and forgets which UIDs it had given."""
+    old = log(append(41, H), wish(41), done(41, H))
+    assert read([old, log(append(41, G))], [(41, G)]) == [Life(41, G, is_there=True)]
+
+
+def test_a_mail_that_a_broken_run_left_twice_is_kept_once() -> None:
+    """Seen: it ends after dsync has copied mails and before it deletes them."""
+    here = read([log(append(4, G), append(9, G, DSYNC))], [(4, G), (9, G)])
+    there = read([log(append(4, G, DSYNC))], [(4, G)])
+    assert surplus([here, there], 0) == surplus([here, []], 0) == {(9, G)}
+    assert surplus([here, read([log(append(9, G, DSYNC))], [(9, G)])], 0) == {(4, G)}
+    assert surplus([here, there], 9) == surplus([there, there], 0) == set()
 
 
 def test_an_older_log_counts_too() -> None:
