@@ -346,13 +346,22 @@ class Daemon:
             self._words.pop(user, None)
         self._count_for_pass(job, outcome)
         if outcome in (Outcome.OK, Outcome.CHANGED):
-            changed = outcome is Outcome.CHANGED
-            self._unsettled.ran(user, time.monotonic(), full=job.full, changed=changed)
+            self._rate(job, changed=outcome is Outcome.CHANGED)
         if outcome is Outcome.OK or outcome is Outcome.GONE or outcome in FAILURES:
             for future in self._asked.pop(user, []) if job.full or outcome in FAILURES else []:
                 if not future.done():
                     future.set_result(result)
         self._wake.set()
+
+    def _rate(self, job: Job, *, changed: bool) -> None:
+        """Note whether a user needs a full run; the note outlives the daemon."""
+        was = job.user in self._unsettled
+        self._unsettled.ran(job.user, time.monotonic(), full=job.full, changed=changed)
+        try:
+            if was != (job.user in self._unsettled):
+                (self._markers.settle if was else self._markers.unsettle)(job.user)
+        except OSError as error:
+            self._marker_problem = f"changed users cannot be noted: {error.strerror}"
 
     def _settle(self, user: str, outcome: Outcome) -> None:
         try:

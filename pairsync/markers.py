@@ -1,7 +1,8 @@
 """Who changed: one empty file per user, written by Dovecot's hook (notify.lua).
 
 ``dirty/USER``: changed, and no run has begun since. ``running/USER``: changed before the run that
-is on now began. ``guest/USER``: a run of the peer's is on. A run's begin renames the first to the
+is on now began. ``guest/USER``: a run of the peer's is on. ``unsettled/USER``: no change is left,
+but a full run is due (pairsync.settle). A run's begin renames the first to the
 second, so a change during the run makes a marker of its own; success removes the second; anything
 else, a crash too, renames it back. Hence a marker is gone only after a successful run that began
 after the change.
@@ -24,7 +25,7 @@ from pathlib import Path
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789@_+=.-")
 _PROBE = ".probe"
 _SUBSCRIBED = "~"
-_BEGUN = ("running", "guest")
+_BEGUN = ("running", "guest", "unsettled")
 
 
 def file_name(user: str) -> str:
@@ -139,8 +140,17 @@ class Markers:
         """It did not: the user needs another."""
         self._guest(user).rename(self._pairs(user)[0][0])
 
+    def unsettle(self, user: str) -> None:
+        """A full run is due."""
+        self._unsettled(user).touch()
+
+    def settle(self, user: str) -> None:
+        """No more."""
+        self._unsettled(user).unlink(missing_ok=True)
+
     def drop(self, user: str) -> None:
         """Forget a user who is gone."""
+        self.settle(user)
         for dirty, running in self._pairs(user):
             dirty.unlink(missing_ok=True)
             running.unlink(missing_ok=True)
@@ -166,6 +176,9 @@ class Markers:
 
     def _guest(self, user: str) -> Path:
         return self._places[0] / "guest" / file_name(user)
+
+    def _unsettled(self, user: str) -> Path:
+        return self._places[0] / "unsettled" / file_name(user)
 
     def _pairs(self, user: str) -> list[tuple[Path, Path]]:
         name = file_name(user)

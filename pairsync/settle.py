@@ -25,6 +25,9 @@ class Unsettled:
     def __len__(self) -> int:
         return len(self._since)
 
+    def __contains__(self, user: str) -> bool:
+        return user in self._since
+
     def guest(self, user: str, now: float) -> None:
         """A run of the peer's has ended."""
         self._guests[user] = now

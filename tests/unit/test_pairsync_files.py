@@ -110,6 +110,15 @@ def test_a_killed_daemon_loses_no_marker(markers: Markers, tmp_path: Path) -> No
     assert set(again.dirty()) == {"begun", "waiting"}
 
 
+def test_a_full_run_that_is_due_outlives_the_daemon(markers: Markers, tmp_path: Path) -> None:
+    for user in ("jane", "john"):
+        markers.unsettle(user)
+    markers.settle("john")
+    again = Markers((tmp_path / "state", tmp_path / "run"))
+    again.prepare()
+    assert set(again.dirty()) == {"jane"}
+
+
 def test_markers_of_the_second_place_count_alike(markers: Markers) -> None:
     (markers.folders[1] / "u").touch()
     assert set(markers.dirty()) == {"u"}
