@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=2000)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="pairsync-bench-", dir="/var/tmp"))
-    pair = Pair(image.ensure(Progress()).mail, folder, 2)
+    pair = Pair(image.ensure(Progress()).postfix, folder, 2)
     try:
         pair.up()
         user = pair.users[0]

@@ -236,7 +236,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="pairsync-bench-", dir="/var/tmp"))
     everybody = max(arguments.users, arguments.all_users)
-    pair = Pair(image.ensure(Progress()).mail, folder, everybody)
+    pair = Pair(image.ensure(Progress()).postfix, folder, everybody)
     try:
         began = time.monotonic()
         pair.up(timeout=1200)

@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--no-relay", dest="relay", action="store_false")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="pairsync-bench-", dir="/var/tmp"))
-    pair = Pair(image.ensure(Progress()).mail, folder, 2 * arguments.users)
+    pair = Pair(image.ensure(Progress()).postfix, folder, 2 * arguments.users)
     try:
         pair.up()
         print(f"load: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")

@@ -375,10 +375,11 @@ class Server:
 
     def start_pairsync(self, *, wait: bool = True) -> None:
         self.shell(
-            "mkdir -p /run/pairsync && chown vmail:vmail /run/pairsync && "
+            "mkdir -p /run/pairsync && touch /var/log/pairsync.log && "
+            "chown vmail:vmail /run/pairsync /var/log/pairsync.log && "
             "exec setpriv --reuid=vmail --regid=vmail --clear-groups "
             "sh -c 'umask 077; exec setsid /usr/local/sbin/pairsync daemon "
-            ">>/run/pairsync/log 2>&1 </dev/null & echo $! >/run/pairsync/pid'"
+            ">>/var/log/pairsync.log 2>&1 </dev/null & echo $! >/run/pairsync/pid'"
         )
         if wait:
             wait_for(f"{self.name}: pairsync answers", self.status)
@@ -411,7 +412,7 @@ class Server:
         raise KeyError(name)
 
     def pairsync_log(self) -> str:
-        return self.path("/run/pairsync/log").read_text()
+        return self.path("/var/log/pairsync.log").read_text()
 
     # The cable ---------------------------------------------------------------------------------
 

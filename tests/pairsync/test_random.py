@@ -1,9 +1,12 @@
-"""Anything at any time on both servers: they hold the same when it is over.
+r"""Anything at any time on both servers: they hold the same when it is over.
 
-All clients take a step at the same time, and now and then a daemon is killed, the cable cut or a
-server's plug pulled. Seeded; the environment asks for more: PAIRSYNC_SEEDS="$(seq -s' ' 20)" and
-PAIRSYNC_OPERATIONS=1000. PAIRSYNC_EVIDENCE names a folder for the mailboxes and logs of both
-servers when something is wrong.
+All clients take a step at the same time, and now and then a daemon is killed, the cable cut or, in
+some, a server's plug pulled. Seeded; the environment asks for more:
+
+    PAIRSYNC_SEEDS="$(seq -s' ' 20)" PAIRSYNC_OPERATIONS=1000 python -m pytest -k is_over \
+        tests/pairsync/test_random.py
+
+PAIRSYNC_EVIDENCE names a folder for the mailboxes and logs of both servers when something is wrong.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.pairsync.conftest import running, tell
 from tests.pairsync.pair import Pair, Server
 
 SEEDS = [int(seed) for seed in os.environ.get("PAIRSYNC_SEEDS", "1 2 3").split()]
@@ -28,6 +32,7 @@ OPERATIONS = int(os.environ.get("PAIRSYNC_OPERATIONS", "120"))
 HEALED = 15.0
 _CYCLE, _BEGIN, _HEAL = 6, 1, 4
 """In steps."""
+_USERS = 4
 
 
 @dataclass
@@ -200,13 +205,14 @@ class Client:
 class Faults:
     """One thing at a time is broken for a while."""
 
-    def __init__(self, pair: Pair, chance: random.Random, journal: Journal) -> None:
+    def __init__(self, pair: Pair, chance: random.Random, journal: Journal, *, plugs: bool) -> None:
         self._pair, self._chance, self._journal = pair, chance, journal
+        self._kinds = [self._kill_daemon, self._cut, *[self._pull_plug] * plugs]
         self._heal: Callable[[], None] | None = None
         self.dead: Server | None = None
 
     def begin(self) -> None:
-        self._chance.choice((self._kill_daemon, self._cut, self._pull_plug))()
+        self._chance.choice(self._kinds)()
 
     def heal(self) -> None:
         if self._heal is not None:
@@ -263,8 +269,8 @@ def kept(pair: Pair, users: Iterable[str]) -> Iterator[None]:
                 for user in users:
                     homes = server.path(f"/var/dovecot/users/{user}/mdbox/mailboxes")
                     shutil.copytree(homes, folder / user, dirs_exist_ok=True)
-                shutil.copy(server.path("/var/log/dovecot.log"), folder)
-                shutil.copy(server.path("/run/pairsync/log"), folder / "pairsync.log")
+                for log in ("dovecot.log", "pairsync.log"):
+                    shutil.copy(server.path(f"/var/log/{log}"), folder)
                 (folder / "processes").write_text(server.shell("ps -eo pid,lstart,wchan,args"))
                 locks = server.path("/proc/locks").read_text()
                 (folder / "locks").write_text(locks + server.shell("lsof -n || true"))
@@ -282,11 +288,37 @@ def evidence(pair: Pair, user: str, tags: Sequence[str], journal: Journal) -> st
     return "\n".join(lines)
 
 
+@pytest.fixture
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """With few users: each new daemon has a full run for each of them."""
+    with running(_USERS) as made:
+        yield made
+        if request.session.testsfailed:
+            tell(made)
+
+
 @pytest.mark.xfail(
-    strict=False, reason="one mail was seen twice in one of some runs; the cause is not known yet"
+    strict=False,
+    reason="a folder that is renamed while a run is on may come back by its old name, as dsync's "
+    "'Duplicate mailbox GUID' says: then its mails are in two folders",
 )
 @pytest.mark.parametrize("seed", SEEDS)
 def test_both_hold_the_same_when_it_is_over(pair: Pair, seed: int) -> None:
+    work(pair, seed, plugs=False)
+
+
+@pytest.mark.xfail(
+    strict=False,
+    reason="a server that lost its power in the midst of a change repairs its mailbox, and Dovecot "
+    "begins the logs anew then: what was moved or deleted there just before may be there again",
+)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_both_hold_the_same_when_plugs_were_pulled(pair: Pair, seed: int) -> None:
+    work(pair, seed, plugs=True)
+
+
+def work(pair: Pair, seed: int, *, plugs: bool) -> None:
+    """Do it all, and see what is there in the end."""
     chance = random.Random(seed)
     journal = Journal()
     mails = {user: Mails() for user in pair.fresh(2)}
@@ -295,7 +327,7 @@ def test_both_hold_the_same_when_it_is_over(pair: Pair, seed: int) -> None:
         for server in pair.both
         for user in mails
     ]
-    faults = Faults(pair, chance, journal)
+    faults = Faults(pair, chance, journal, plugs=plugs)
     with ThreadPoolExecutor(len(clients)) as pool:
         for number in range(OPERATIONS // len(clients)):
             if number % _CYCLE == _BEGIN:
