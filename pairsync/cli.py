@@ -122,8 +122,10 @@ def _progress(document: dict[str, Any]) -> str:
             return f"done, but for {len(failing)} that are tried again: {', '.join(failing[:5])}"
         return "done"
     done, total = document["pass"]["done"], document["pass"]["total"]
-    seconds = document["pass"]["seconds"]
-    line = f"{done} of {total} users, {seconds:.0f} s, {done / max(seconds, 0.1):.1f} users/s"
+    seconds, size = document["pass"]["seconds"], document["pass"]["bytes"] / 1e6
+    per_second = 1 / max(seconds, 0.1)
+    line = f"{done} of {total} users, {size:.1f} MB, {seconds:.0f} s"
+    line += f", {done * per_second:.1f} users/s, {size * per_second:.1f} MB/s"
     if failed := document["pass"]["failed"]:
         line += f", failed so far and tried again: {', '.join(failed[:5])}"
     return line

@@ -42,17 +42,20 @@ class Pass:
 
     ``left`` are those that are not through, ``failed`` those whose last run failed. Who failed
     some times, or is not known to the peer, no longer keeps the pass from ending: such a user has
-    a marker, and is tried again for as long as it takes.
+    a marker, and is tried again for as long as it takes. ``bytes_before``: moved when it began.
     """
 
     reason: str
     total: int
     left: set[str]
+    bytes_before: int
     failed: set[str] = field(default_factory=set)
     began: float = field(default_factory=time.time)
 
-    def document(self) -> dict[str, Any]:
+    def document(self, moved: int) -> dict[str, Any]:
+        """``moved``: all bytes so far, those of other runs meanwhile too."""
         return {
+            "bytes": moved - self.bytes_before,
             "reason": self.reason,
             "total": self.total,
             "done": self.total - len(self.left),
@@ -81,6 +84,7 @@ class Daemon:
             folder_id(config.dovecot.homes),
         )
         self._suspects = set(self._markers.dirty())
+        self._settling: set[str] = set()
         sync = config.sync
         self._queue = Queue(sync.parallel, sync.debounce, sync.retry_max)
         self._turns = Turns(config.precedence)
@@ -114,6 +118,7 @@ class Daemon:
             self._states,
             self._scripts,
             self._suspects,
+            self._settling,
             self.rests,
             self.changes,
         )
@@ -407,7 +412,7 @@ class Daemon:
             self._dovecot_problem = str(error)
             await asyncio.sleep(_DOVECOT_SECONDS)
             return
-        self._pass = Pass(self._pass_wanted, len(users), set(users))
+        self._pass = Pass(self._pass_wanted, len(users), set(users), self._runner.bytes)
         self._pass_wanted = ""
         notify.log(notify.INFO, f"a full run for {len(users)} users: {self._pass.reason}")
 
@@ -482,7 +487,7 @@ class Daemon:
             if self._peer.up:
                 for user in self._unsettled.due(time.monotonic()):
                     # What dsync brought back while the user took it away is found then, too.
-                    self._suspects.add(user)
+                    self._settling.add(user)
                     self._queue.settle(user, time.monotonic())
             self._write_metrics()
             self._wake.set()
@@ -568,7 +573,7 @@ class Daemon:
             "refused": self._server.refused,
             "refused_last": self._server.problem,
             "markers_writable": not self._marker_problem,
-            "pass": self._pass.document() if self._pass else None,
+            "pass": self._pass.document(self._runner.bytes) if self._pass else None,
             "problems": [problem for problem in found if problem],
         }
 

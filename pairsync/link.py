@@ -6,18 +6,18 @@ line. Each proves that it knows the shared secret, without showing it, before it
     server: {"pairsync": 1, "nonce": N}
     client: {"nonce": M, "proof": HMAC("client" N M), "name": ...}
     server: {"proof": HMAC("server" N M), "name": ..., "boot": ..., "store": ...}
-    client: {"do": "watch"} and then {"ping": i} again and again, each answered, and
-            {"ended": run, "well": ...} after each run; or
-            {"do": "run", "run": name, "user": ..., "silence": seconds,
-             "deleted": {script: version}, "suspect": whether the last run broke off}
-    server: {"go": true, "deleted": {...}} and then the bytes of dsync, or {"busy": true}, or,
+    client: {"do": "watch"} and then {"ping": i} again and again, each answered; or
+            {"do": "run", "user": ..., "silence": seconds, "deleted": {script: version},
+             "suspect": whether to compare first}
+    server: {"go": true, "deleted": {...}}, or {"busy": true}, or,
             where one of the two suspects that mails were left out (pairsync.repair),
-            {"repair": {folder: uid}, "deleted": {...}}
+            {"repair": {folder: uid}, "broken": whether a run broke off, "deleted": {...}}
     client: {"after": {folder: uid}}
-    server: {"mails": {folder: [[uid, guid]]}, "back": {folder: [[uid, guid]]},
-             "histories": {folder: {...}}}
-    client: {"expunge": {folder: [uid]}, "renumber": {folder: [uid]}}
+    server: {"mails": {folder: [[uid, guid]]}, "histories": {folder: [...]}}
+    client: {"expunge": {folder: [[uid, guid]]}, "renumber": {folder: [uid]}}
     server: {"go": true}
+    both:   the bytes of dsync in frames (pairsync.relay), until both have ended
+    client: {"well": whether the run ended well}, and then the next "run"
     server: {"error": ...} in place of any of its lines
 """
 
@@ -37,7 +37,7 @@ from typing import Any
 
 from pairsync.config import TlsConfig
 
-PROTOCOL = 1
+PROTOCOL = 2
 LINE_LIMIT = 1 << 26
 Reader = asyncio.StreamReader
 Writer = asyncio.StreamWriter

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import secrets
 import socket
 import ssl
 import time
@@ -31,7 +30,7 @@ from pairsync.link import (
 _CONNECT_SECONDS = 2.0
 _ANSWER_SECONDS = 6.0
 _RETRY_FIRST, _RETRY_MAX = 0.3, 1.5
-_IDLE_SECONDS = 300.0
+_LINK_SECONDS = 300.0
 
 
 class PeerBusy(Exception):
@@ -43,18 +42,33 @@ class PeerAway(Exception):
 
 
 @dataclass(frozen=True)
+class Link:
+    """A connection to the peer that carries one run after the other; ``made`` (monotonic)."""
+
+    made: float
+    reader: Reader
+    writer: Writer
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is closed, or so old that secret and certificate should be shown again."""
+        closed = self.reader.at_eof() or self.writer.is_closing()
+        return closed or self.made < time.monotonic() - _LINK_SECONDS
+
+
+@dataclass(frozen=True)
 class Grant:
     """The peer agrees to a run.
 
     ``deleted``: Sieve scripts that were deleted there -> version. ``repair``: None, or what both
     had after the last good run that the peer knows of; then it waits for :mod:`pairsync.repair`.
+    ``broken``: as far as it knows, a run broke off since.
     """
 
-    reader: Reader
-    writer: Writer
+    link: Link
     deleted: Mapping[str, float]
     repair: Mapping[str, int] | None
-    run: str
+    broken: bool
 
 
 class Peer:
@@ -78,9 +92,9 @@ class Peer:
         self._me = me
         self._on_up = on_up
         self._on_down = on_down
-        self._idle: deque[tuple[float, Reader, Writer]] = deque()
+        self._idle: deque[Link] = deque()
+        self._taken = 0
         self._wanted = asyncio.Event()
-        self._watch_writer: Writer | None = None
         self.up = False
         self.changed_at = time.time()
         self.problem = "not tried yet"
@@ -104,75 +118,91 @@ class Peer:
         self, user: str, silence: float, deleted: Mapping[str, float], *, suspect: bool
     ) -> Grant:
         """Ask for a run. Raises :class:`PeerBusy`, :class:`PeerAway`, :class:`LinkError`."""
-        run = secrets.token_hex(8)
         request = {
             "do": "run",
-            "run": run,
             "user": user,
             "silence": silence,
             "deleted": dict(deleted),
             "suspect": suspect,
         }
         while True:
-            kept, reader, writer = await self._take()
+            kept, link = await self._take()
             try:
-                await send(writer, request)
-                answer = await receive(reader, _ANSWER_SECONDS)
+                await send(link.writer, request)
+                answer = await receive(link.reader, _ANSWER_SECONDS)
             except (OSError, LinkError) as error:
-                writer.transport.abort()
+                self._release(link, keep=False)
                 if kept and isinstance(error, (Closed, OSError)):
                     continue
                 raise error if isinstance(error, LinkError) else LinkError(str(error)) from error
             except BaseException:
-                writer.transport.abort()
+                self._release(link, keep=False)
                 raise
             if answer.get("busy"):
-                writer.transport.abort()
+                self._release(link, keep=True)
                 raise PeerBusy
-            return Grant(reader, writer, _times(answer.get("deleted")), answer.get("repair"), run)
+            deleted = _times(answer.get("deleted"))
+            return Grant(link, deleted, answer.get("repair"), bool(answer.get("broken")))
 
-    def tell_end(self, grant: Grant, *, well: bool) -> None:
-        """Tell how a run ended; a peer that is away takes it for broken off by itself."""
-        if self._watch_writer is not None and not self._watch_writer.is_closing():
-            line = json.dumps({"ended": grant.run, "well": well})
-            self._watch_writer.write(line.encode() + b"\n")
+    def finish(self, grant: Grant, *, clean: bool, well: bool) -> None:
+        """A run has ended, ``well`` or not; a ``clean`` connection is kept for the next.
+
+        Without that word the peer takes a run for broken off, if its dsync began.
+        """
+        if clean:
+            grant.link.writer.write(json.dumps({"well": well}).encode() + b"\n")
+        self._release(grant.link, keep=clean)
 
     async def keep_idle(self) -> None:
-        """Have connections ready, so that no run waits for a handshake; never returns."""
+        """Have connections at hand, so that no run waits for a handshake; never returns."""
         while True:
             await self._wanted.wait()
             self._drop_old()
-            if not self.up or len(self._idle) >= self._config.sync.parallel:
+            if not self.up or len(self._idle) + self._taken >= self._config.sync.parallel:
                 self._wanted.clear()
                 continue
             try:
-                reader, writer, _ = await self._connect()
+                link = await self._new()
             except (LinkError, PeerAway):
                 await asyncio.sleep(_RETRY_FIRST)
                 continue
             if self.up:
-                self._idle.append((time.monotonic(), reader, writer))
+                self._idle.append(link)
             else:
-                writer.transport.abort()
+                link.writer.transport.abort()
 
-    async def _take(self) -> tuple[bool, Reader, Writer]:
+    async def _take(self) -> tuple[bool, Link]:
         self._drop_old()
         self._wanted.set()
         if self._idle:
-            _, reader, writer = self._idle.popleft()
-            return True, reader, writer
+            self._taken += 1
+            return True, self._idle.popleft()
         if not self.up:
             raise PeerAway(self.problem)
+        link = await self._new()
+        self._taken += 1
+        return False, link
+
+    def _release(self, link: Link, *, keep: bool) -> None:
+        self._taken -= 1
+        if keep and self.up and not link.is_over:
+            self._idle.append(link)
+        elif keep:
+            link.writer.close()  # What was written is still sent.
+        else:
+            link.writer.transport.abort()
+
+    async def _new(self) -> Link:
         reader, writer, _ = await self._connect()
-        return False, reader, writer
+        return Link(time.monotonic(), reader, writer)
 
     def _drop_old(self) -> None:
-        while self._idle and (
-            self._idle[0][0] < time.monotonic() - _IDLE_SECONDS
-            or self._idle[0][1].at_eof()
-            or self._idle[0][2].is_closing()
-        ):
-            self._idle.popleft()[2].transport.abort()
+        for _ in range(len(self._idle)):
+            link = self._idle.popleft()
+            if link.is_over:
+                link.writer.transport.abort()
+            else:
+                self._idle.append(link)
 
     async def _connect(self) -> tuple[Reader, Writer, Identity]:
         peer = self._config.peer
@@ -211,7 +241,6 @@ class Peer:
         lost = ""
         try:
             await send(writer, {"do": "watch"})
-            self._watch_writer = writer
             self.up, self.problem, self.changed_at = True, "", time.time()
             self._wanted.set()
             self._on_up(who)
@@ -228,11 +257,10 @@ class Peer:
             lost = str(error) or type(error).__name__
         finally:
             writer.transport.abort()
-            self._watch_writer = None
             self.up, self.changed_at = False, time.time()
             self.problem = f"lost: {lost}"
             while self._idle:
-                self._idle.popleft()[2].transport.abort()
+                self._idle.popleft().writer.transport.abort()
             self._on_down()
 
 

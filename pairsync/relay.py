@@ -1,16 +1,22 @@
-"""Carries a run's bytes between the local doveadm and the peer."""
+"""Carries a run's bytes between the local doveadm and the peer.
+
+On the link they are in frames, so that it outlives the run and carries the next: four bytes of
+length, big-endian, and as many of dsync's; a length of 0 ends the sender's stream.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import struct
 import time
 from dataclasses import dataclass, field
 
-from pairsync.link import Reader, Writer
+from pairsync.link import Closed, LinkError, Reader, Writer
 
 _CHUNK = 1 << 16
-_CLOSE_SECONDS = 2.0
+_END_SECONDS = 4.0
+_LENGTH = struct.Struct(">I")
 
 
 @dataclass
@@ -25,37 +31,80 @@ class Traffic:
         self.last = time.monotonic()
 
 
-async def relay(one: tuple[Reader, Writer], other: tuple[Reader, Writer], traffic: Traffic) -> None:
-    """Carry bytes both ways until either side ends; what was read is delivered, then both close."""
+def put_frame(link: Writer, data: bytes) -> None:
+    """Write a frame; without data, the end of this side's stream."""
+    link.write(_LENGTH.pack(len(data)) + data)
+
+
+async def take_frame(link: Reader) -> bytes:
+    """The next frame, empty: the end of the other side's stream. Raises :class:`LinkError`."""
+    try:
+        (length,) = _LENGTH.unpack(await link.readexactly(_LENGTH.size))
+        if length > _CHUNK:
+            raise LinkError("not a frame of pairsync")
+        return await link.readexactly(length)
+    except asyncio.IncompleteReadError:
+        raise Closed("the other side closed the connection") from None
+    except OSError as error:
+        raise LinkError(str(error)) from error
+
+
+async def relay(
+    local: tuple[Reader, Writer], link: tuple[Reader, Writer], traffic: Traffic
+) -> bool:
+    """Carry bytes both ways until either side ends, and the other soon after.
+
+    Returns whether both streams were ended, so that the link can carry another run.
+    """
     ways = (
-        asyncio.create_task(_carry(one[0], other[1], traffic)),
-        asyncio.create_task(_carry(other[0], one[1], traffic)),
+        asyncio.create_task(_send(local[0], link[1], traffic)),
+        asyncio.create_task(_receive(link[0], local[1], traffic)),
     )
     try:
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        if all(way.result() for way in done):
+            await asyncio.wait(ways, timeout=_END_SECONDS)
+        return all(way.done() and way.result() for way in ways)
     finally:
         for way in ways:
             way.cancel()
         await asyncio.gather(*ways, return_exceptions=True)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_CLOSE_SECONDS):
-            await asyncio.gather(*map(_close, (one[1], other[1])))
 
 
-async def _close(writer: Writer) -> None:
-    writer.close()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
-
-
-async def _carry(reader: Reader, writer: Writer, traffic: Traffic) -> None:
+async def _send(local: Reader, link: Writer, traffic: Traffic) -> bool:
     try:
-        while data := await reader.read(_CHUNK):
+        while data := await _read(local):
             traffic.count(len(data))
-            writer.write(data)
-            await writer.drain()
+            put_frame(link, data)
+            await link.drain()
+        put_frame(link, b"")
+        await link.drain()
     except OSError:
-        return
+        return False
+    return True
+
+
+async def _read(local: Reader) -> bytes:
+    """What doveadm says; one that is gone has said all."""
+    try:
+        return await local.read(_CHUNK)
+    except OSError:
+        return b""
+
+
+async def _receive(link: Reader, local: Writer, traffic: Traffic) -> bool:
+    try:
+        while data := await take_frame(link):
+            traffic.count(len(data))
+            # A doveadm that is gone wants no more; the other side learns it from our end.
+            with contextlib.suppress(OSError):
+                local.write(data)
+                await local.drain()
+        with contextlib.suppress(OSError):
+            local.write_eof()
+    except LinkError:
+        return False
+    return True
 
 
 async def silence(traffic: Traffic, seconds: float) -> None:

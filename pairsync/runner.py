@@ -20,7 +20,6 @@ from pairsync.sieve import ScriptError, Scripts
 from pairsync.state import States
 
 _TURN_SECONDS = 2.0
-_LAST_BYTES_SECONDS = 2.0
 _REPAIR_SECONDS = 60.0
 _SLACK_SECONDS = 2
 
@@ -60,13 +59,14 @@ class _Slot:
 
 
 class _Carrier:
-    """The part of a run in which dsync works."""
+    """The part of a run in which dsync works. ``clean``: the link can carry another run."""
 
     def __init__(self, slot: _Slot, grant: Grant, traffic: Traffic, seconds: float) -> None:
         self._slot = slot
         self._grant = grant
         self._traffic = traffic
         self._seconds = seconds
+        self.clean = False
 
     async def sync(self, doveadm: Doveadm, user: str, state: str) -> Reply | None:
         """What dsync answers; None where nothing was sent for too long."""
@@ -83,7 +83,8 @@ class _Carrier:
             if not command.done():
                 return None
             if came.done():
-                await asyncio.wait((carrying,), timeout=_LAST_BYTES_SECONDS)
+                # It limits its own time, now that one side has ended.
+                await asyncio.wait((carrying,))
             return command.result()
         finally:
             for task in (command, carrying, waiting):
@@ -93,7 +94,8 @@ class _Carrier:
     async def _carry(self, came: asyncio.Future[tuple[Reader, Writer]]) -> None:
         local = await came
         try:
-            await relay(local, (self._grant.reader, self._grant.writer), self._traffic)
+            link = (self._grant.link.reader, self._grant.link.writer)
+            self.clean = await relay(local, link, self._traffic)
         finally:
             local[1].transport.abort()
 
@@ -111,6 +113,7 @@ class Runner:
         states: States,
         scripts: Scripts | None,
         suspects: set[str],
+        settling: set[str],
         rests: Callable[[str], bool],
         changes: Callable[[str], bool],
     ) -> None:
@@ -122,12 +125,20 @@ class Runner:
         self._states = states
         self._scripts = scripts
         self._suspects = suspects
+        self._settling = settling
         self._rests = rests
         self._changes = changes
         self.renumbered = 0
+        self._bytes = 0
+        self._traffics: list[Traffic] = []
         self._slots = [
             _Slot(config.files.run / f"slot-{number}") for number in range(config.sync.parallel)
         ]
+
+    @property
+    def bytes(self) -> int:
+        """Of dsync, in both directions, with the runs that are on."""
+        return self._bytes + sum(traffic.size for traffic in self._traffics)
 
     async def start(self) -> None:
         """Make the sockets. Raises OSError."""
@@ -138,6 +149,7 @@ class Runner:
         """Do a run; whatever happens is in the result. Cancelled, it leaves nothing behind."""
         began = time.monotonic()
         traffic = Traffic()
+        self._traffics.append(traffic)
         slot = self._slots.pop()
         try:
             outcome, words = await self._run(job, slot, traffic)
@@ -149,6 +161,8 @@ class Runner:
             outcome, words = Outcome.PUT_OFF, str(error)
         finally:
             self._slots.append(slot)
+            self._traffics.remove(traffic)
+            self._bytes += traffic.size
         return Result(outcome, time.monotonic() - began, traffic.size, words)
 
     async def _run(self, job: Job, slot: _Slot, traffic: Traffic) -> tuple[Outcome, str]:
@@ -158,14 +172,15 @@ class Runner:
             deleted = dict(self._states.of(job.user).deleted)
             sync, state = self._config.sync, "" if job.full else self._states.of(job.user).sync
             seconds = sync.silence if state else sync.silence_full
-            grant = await self._peer.open_run(
-                job.user, seconds, deleted, suspect=job.user in self._suspects
-            )
+            broken = job.user in self._suspects
+            suspect = broken or job.user in self._settling
+            grant = await self._peer.open_run(job.user, seconds, deleted, suspect=suspect)
+            carrier: _Carrier | None = None
             try:
                 self._turns.granted(job.user)
                 await self._delete_scripts(job.user, {**deleted, **grant.deleted})
                 if grant.repair is not None:
-                    await self._repair(job.user, grant.repair, grant)
+                    await self._repair(job.user, grant, broken=broken or grant.broken)
                     state, seconds = "", sync.silence_full
                 if self._rests(job.user):
                     return Outcome.BUSY, ""
@@ -179,8 +194,8 @@ class Runner:
                     return Outcome.STALLED, f"nothing moved for {seconds:g} s"
                 return self._judge(job, reply, deleted, state, traffic)
             finally:
-                self._peer.tell_end(grant, well=job.user not in self._suspects)
-                grant.writer.transport.abort()
+                well = job.user not in self._suspects
+                self._peer.finish(grant, clean=carrier is not None and carrier.clean, well=well)
         finally:
             self._turns.end(job.user)
             async with self._released:
@@ -204,6 +219,7 @@ class Runner:
         if reply.code:
             return Outcome.FAILED, reply.log or f"doveadm says {reply.code}; see Dovecot's log"
         self._suspects.discard(job.user)
+        self._settling.discard(job.user)
         state = self._states.of(job.user)
         state.sync = reply.values[0]
         if not began_with:
@@ -214,15 +230,15 @@ class Runner:
         self._states.save(job.user, sync=bool(deleted))
         return Outcome.OK, ""
 
-    async def _repair(self, user: str, theirs: Mapping[str, int], grant: Grant) -> None:
-        after = repair.latest(repair.common(self._states.of(user).sync), theirs)
-        await send(grant.writer, {"after": after})
+    async def _repair(self, user: str, grant: Grant, *, broken: bool) -> None:
+        after = repair.latest(repair.common(self._states.of(user).sync), grant.repair or {})
+        await send(grant.link.writer, {"after": after})
         mine = await repair.look(self._doveadm, user, after)
-        other = repair.Mailbox.of(await receive(grant.reader, _REPAIR_SECONDS))
-        plan, for_peer = repair.plans(mine, other)
-        await send(grant.writer, asdict(for_peer))
+        other = repair.Mailbox.of(await receive(grant.link.reader, _REPAIR_SECONDS))
+        plan, for_peer = repair.plans(mine, other, after, broken=broken)
+        await send(grant.link.writer, asdict(for_peer))
         self.renumbered += await repair.mend(self._doveadm, user, mine, plan)
-        await receive(grant.reader, _REPAIR_SECONDS)
+        await receive(grant.link.reader, _REPAIR_SECONDS)
 
     async def _begin(self, user: str) -> bool:
         with contextlib.suppress(TimeoutError):

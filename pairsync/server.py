@@ -23,7 +23,7 @@ from pairsync.link import (
     send,
 )
 from pairsync.peer import without_delay
-from pairsync.relay import Traffic, relay, silence
+from pairsync.relay import Traffic, relay, silence, take_frame
 from pairsync.repair import Common, Plan, bury, look, mend
 from pairsync.schedule import Turns
 from pairsync.sieve import ScriptError
@@ -32,7 +32,7 @@ _GREETING_SECONDS = 5.0
 _TURN_SECONDS = 2.0
 _STRANGERS = 16
 _SLACK_SECONDS = 2.0
-_WORD_SECONDS = 1.0
+_WORD_SECONDS = 2.0
 _REPAIR_SECONDS = 60.0
 
 Deletions = Callable[[str, Mapping[str, float]], Awaitable[Mapping[str, float]]]
@@ -85,7 +85,6 @@ class Server:
         self._released = released
         self._deletions = deletions
         self._guests = guests
-        self._words: dict[str, asyncio.Future[bool]] = {}
         self._strangers = 0
         self._runs: dict[asyncio.Task[None], str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -149,45 +148,40 @@ class Server:
             raise
         finally:
             self._strangers -= 1
-        try:
-            request = await receive(reader, None)
-        except Closed:
+        while True:
+            try:
+                request = await receive(reader, None)
+            except Closed:
+                return
+            if request.get("do") == "watch":
+                await self._answer_heartbeats(reader, writer)
+            elif request.get("do") != "run":
+                await send(writer, {"error": f"what is {request.get('do')!r}?"})
+            elif await self._run(reader, writer, request):
+                continue
             return
-        if request.get("do") == "watch":
-            await self._answer_heartbeats(reader, writer)
-        elif request.get("do") == "run":
-            await self._run(reader, writer, request)
-        else:
-            await send(writer, {"error": f"what is {request.get('do')!r}?"})
 
     async def _answer_heartbeats(self, reader: Reader, writer: Writer) -> None:
         while True:
             self._heard = time.monotonic()
             said = await receive(reader, self._config.heartbeat.lost_after * 2)
-            if "ended" in said:
-                word = self._words.get(str(said["ended"]))
-                if word is not None and not word.done():
-                    word.set_result(bool(said["well"]))
-            else:
-                await send(writer, {"pong": said.get("ping")})
+            await send(writer, {"pong": said.get("ping")})
 
-    async def _run(self, reader: Reader, writer: Writer, request: Mapping[str, Any]) -> None:
+    async def _run(self, reader: Reader, writer: Writer, request: Mapping[str, Any]) -> bool:
+        """Whether the connection can carry another run."""
         user = str(request["user"])
         if self._guests.rests(user) or not await self._admit(user):
             await send(writer, {"busy": True})
-            return
+            return True
         task = asyncio.current_task()
         assert task is not None  # noqa: S101
         self._runs[task] = user
-        run = str(request["run"])
-        self._words[run] = asyncio.get_running_loop().create_future()
         try:
             deleted = {str(k): float(v) for k, v in dict(request["deleted"]).items()}
-            suspect = self._guests.came(user) or bool(request.get("suspect"))
-            await self._carry(reader, writer, request, deleted, suspect)
+            broken = self._guests.came(user)
+            return await self._carry(reader, writer, request, deleted, broken)
         finally:
             del self._runs[task]
-            del self._words[run]
             self._turns.leave(user)
             await self._notify()
 
@@ -197,61 +191,81 @@ class Server:
         writer: Writer,
         request: Mapping[str, Any],
         deleted: Mapping[str, float],
-        suspect: bool,
-    ) -> None:
-        user, seconds = str(request["user"]), float(request["silence"])
+        broken: bool,
+    ) -> bool:
+        user, seconds = str(request["user"]), float(request["silence"]) + _SLACK_SECONDS
         local: Writer | None = None
         traffic = Traffic()
-        begun = False
+        well: bool | None = None
         try:
             mine = await self._deletions(user, deleted)
             local_reader, local = await self._doveadm.connect()
             if self._guests.rests(user):
                 await send(writer, {"busy": True})
-                return
-            if suspect:
-                await self._repair(reader, writer, user, mine)
+                return True
+            if broken or request.get("suspect"):
+                await send(
+                    writer,
+                    {
+                        "repair": self._guests.common(user),
+                        "broken": broken,
+                        "deleted": dict(mine),
+                    },
+                )
+                await self._repair(reader, writer, user)
             else:
                 await send(writer, {"go": True, "deleted": dict(mine)})
-            begun = True
-            ours, theirs = (local_reader, local), (reader, writer)
-            carrying = asyncio.create_task(relay(ours, theirs, traffic))
-            waiting = asyncio.create_task(silence(traffic, seconds + _SLACK_SECONDS))
-            try:
-                await asyncio.wait((carrying, waiting), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                self.bytes += traffic.size
-                for task in (carrying, waiting):
-                    task.cancel()
-                await asyncio.gather(carrying, waiting, return_exceptions=True)
+            async with asyncio.timeout(seconds):
+                first = await take_frame(reader)
+            if not first:
+                return False
+            well = False
+            traffic.count(len(first))
+            local.write(first)
+            clean = await self._relay((local_reader, local), (reader, writer), traffic, seconds)
+            if clean:
+                well = bool((await receive(reader, _WORD_SECONDS))["well"])
             if self._guests.changes(user):
-                await bury(self._doveadm, user)
+                # If Dovecot is gone by now, this is done once the user has settled.
+                with contextlib.suppress(DovecotError):
+                    await bury(self._doveadm, user)
+            return clean
         except (DovecotError, ScriptError) as error:
             await send(writer, {"error": f"its Dovecot: {error}"})
+            return False
+        except TimeoutError:
+            return False
         finally:
-            self._guests.left(user, well=await self._word(request) if begun else None)
+            self._guests.left(user, well=well)
             if local is not None and traffic.size:
                 local.transport.abort()
             elif local is not None:
                 self._doveadm.leave(local)
 
-    async def _word(self, request: Mapping[str, Any]) -> bool:
-        """Whether the peer says that its run ended well; no word is a no."""
+    async def _relay(
+        self,
+        local: tuple[Reader, Writer],
+        link: tuple[Reader, Writer],
+        traffic: Traffic,
+        seconds: float,
+    ) -> bool:
+        carrying = asyncio.create_task(relay(local, link, traffic))
+        waiting = asyncio.create_task(silence(traffic, seconds))
         try:
-            async with asyncio.timeout(_WORD_SECONDS):
-                return await self._words[str(request["run"])]
-        except (TimeoutError, asyncio.CancelledError):
-            return False
+            await asyncio.wait((carrying, waiting), return_when=asyncio.FIRST_COMPLETED)
+            return carrying.done() and carrying.result()
+        finally:
+            self.bytes += traffic.size
+            for task in (carrying, waiting):
+                task.cancel()
+            await asyncio.gather(carrying, waiting, return_exceptions=True)
 
-    async def _repair(
-        self, reader: Reader, writer: Writer, user: str, deleted: Mapping[str, float]
-    ) -> None:
-        await send(writer, {"repair": self._guests.common(user), "deleted": dict(deleted)})
+    async def _repair(self, reader: Reader, writer: Writer, user: str) -> None:
         after = await receive(reader, _REPAIR_SECONDS)
         box = await look(self._doveadm, user, after["after"])
         await send(writer, box.document())
-        wanted = await receive(reader, _REPAIR_SECONDS)
-        await mend(self._doveadm, user, box, Plan.of(wanted))
+        plan = Plan.of(await receive(reader, _REPAIR_SECONDS))
+        await mend(self._doveadm, user, box, plan)
         await send(writer, {"go": True})
 
     async def _admit(self, user: str) -> bool:
