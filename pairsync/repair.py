@@ -22,6 +22,7 @@ import struct
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pairsync import history, notify
@@ -61,16 +62,21 @@ _NOTHING: Common = {}
 
 
 def holes(
-    mine: Listing, theirs: Listing, both: Mapping[str, int] = _NOTHING
+    mine: Listing,
+    theirs: Listing,
+    both: Mapping[str, int] = _NOTHING,
+    there: Mapping[str, Set[str]] = MappingProxyType({}),
 ) -> dict[str, list[int]]:
     """UIDs of mails here that the other one has not, below one that both have.
 
     ``both``: folder -> highest UID of a mail that both have or had; dsync finds it in their logs.
+    ``there``: folder -> GUIDs of older mails that the other one has; dsync may have given one
+    another UID here.
     """
     found = {}
     for folder, mails in mine.items():
         other = theirs.get(folder, [])
-        guids = {guid for _, guid in other}
+        guids = {guid for _, guid in other} | there.get(folder, set())
         matched = max((uid for uid, _ in set(mails) & set(other)), default=0)
         matched = max(matched, both.get(folder, 0))
         missing = [uid for uid, guid in mails if uid < matched and guid not in guids]
@@ -145,8 +151,10 @@ def plans(
     """
     gone: Listing = {}
     both: Common = {}
+    boxes = (mine, theirs)
+    kept: tuple[dict[str, set[str]], ...] = ({}, {})
     for folder in {*mine.histories, *theirs.histories}:
-        histories = [box.histories.get(folder, ()) for box in (mine, theirs)]
+        histories = [box.histories.get(folder, ()) for box in boxes]
         unwanted = history.unwanted(histories)
         if broken:
             left = [
@@ -157,8 +165,14 @@ def plans(
             gone[folder] = sorted(unwanted)
         one, other = ({(life.uid, life.guid) for life in lives} for lives in histories)
         both[folder] = max((uid for uid, _ in one & other), default=0)
-    here, there = (_without(box.mails, gone) for box in (mine, theirs))
-    return Plan(gone, holes(here, there, both)), Plan(gone, holes(there, here, both))
+        for guids, lives in zip(kept, histories, strict=True):
+            places = {(life.uid, life.guid) for life in lives if life.is_there} - unwanted
+            guids[folder] = {guid for _, guid in places}
+    here, there = (_without(box.mails, gone) for box in boxes)
+    return (
+        Plan(gone, holes(here, there, both, kept[1])),
+        Plan(gone, holes(there, here, both, kept[0])),
+    )
 
 
 def _without(mails: Listing, gone: Listing) -> Listing:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pairsync.history import Life, read, surplus, unwanted
-from pairsync.repair import Mailbox, plans
+from pairsync.repair import Mailbox, Plan, plans
 
 G, H = "0a" * 16, "0b" * 16
 APPEND, INTRO, DATA, EXPUNGE = 0x2, 0x40, 0x200, 0x2000 | 0xCD90
@@ -206,3 +206,10 @@ def test_a_mail_below_one_that_both_had_is_left_out() -> None:
     here = box([(7, G), (8, "left out")], [Life(7, G), Life(8, "left out"), Life(9, H)])
     there = box([(7, G)], [Life(7, G), Life(9, H, taken=True)])
     assert plans(here, there)[0].renumber == {"i": [8]}
+
+
+def test_a_mail_that_is_there_under_an_older_uid_is_not_left_out() -> None:
+    """Seen: 27 was common; a run broke off after it had become 32 here."""
+    here = box([(32, G), (33, H)], [Life(32, G, is_there=True), Life(33, H, is_there=True)])
+    there = box([(33, H)], [Life(27, G, is_there=True), Life(33, H, is_there=True)])
+    assert plans(here, there) == (Plan({}, {}), Plan({}, {}))
