@@ -188,21 +188,29 @@ async def look(doveadm: Doveadm, user: str, after: Mapping[str, int]) -> Mailbox
     for folder, uid, guid in await _rows(doveadm, user, 3, "fetch", " ".join(_FIELDS), "all"):
         present.setdefault(folder, []).append((int(uid), guid))
     # Only then the logs: what is taken away meanwhile is neither in the list nor unexplained.
-    names: dict[str, str] = {}
     histories: dict[str, History] = {}
-    for name, folder in await _rows(doveadm, user, 2, "mailbox status", "guid", "*"):
-        names[folder] = name
+    names = await _names(doveadm, user)
+    for folder, name in names.items():
         logs = await _logs(doveadm, user, name)
         here, newest = present.get(folder, []), after.get(folder, 0)
         lives = await asyncio.to_thread(history.read, logs, here)
         wanted = {guid for _, guid in here} | {life.guid for life in lives if life.uid > newest}
         histories[folder] = [life for life in lives if life.guid in wanted]
+    if names != await _names(doveadm, user):
+        # The log of a folder that was renamed meanwhile was not where it was looked for.
+        raise DovecotError(f"{user}: folders were renamed while their logs were read")
     mails = {
         folder: newer
         for folder, found in present.items()
         if (newer := [mail for mail in found if mail[0] > after.get(folder, 0)])
     }
     return Mailbox(mails, histories, names, {folder: set(f) for folder, f in present.items()})
+
+
+async def _names(doveadm: Doveadm, user: str) -> dict[str, str]:
+    """Folder (its GUID) -> its name."""
+    rows = await _rows(doveadm, user, 2, "mailbox status", "guid", "*")
+    return {folder: name for name, folder in rows}
 
 
 async def _logs(doveadm: Doveadm, user: str, name: str) -> list[bytes]:
@@ -230,11 +238,11 @@ async def mend(doveadm: Doveadm, user: str, box: Mailbox, plan: Plan) -> int:
     for folder, unwanted in plan.expunge.items():
         if gone := sorted(box.present.get(folder, set()) & set(unwanted)):
             name, which = box.names[folder], ",".join(str(uid) for uid, _ in gone)
-            await _rows(doveadm, user, 1, "expunge", "mailbox", name, "uid", which)
+            await _rows(doveadm, user, 1, "expunge", "mailbox-guid", folder, "uid", which)
             notify.log(notify.INFO, f"{user}: taken away by the user, in {name}: UIDs {which}")
     for folder, uids in plan.renumber.items():
         name, which = box.names[folder], ",".join(map(str, uids))
-        await _rows(doveadm, user, 1, "move", name, "mailbox", name, "uid", which)
+        await _rows(doveadm, user, 1, "move", name, "mailbox-guid", folder, "uid", which)
         notify.log(notify.INFO, f"{user}: left out by a broken run, in {name}: UIDs {which}")
     return sum(map(len, plan.renumber.values()))
 
@@ -244,7 +252,7 @@ async def bury(doveadm: Doveadm, user: str) -> None:
 
     Raises :class:`DovecotError`.
     """
-    for name, folder in await _rows(doveadm, user, 2, "mailbox status", "guid", "*"):
+    for folder, name in (await _names(doveadm, user)).items():
         lives = await asyncio.to_thread(history.read, await _logs(doveadm, user, name), ())
         copied = {(life.uid, life.guid) for life in lives if life.before}
         if copies := sorted(history.unwanted([lives]) & copied):
