@@ -23,24 +23,27 @@ from rehearsal.progress import Progress
 from tests.pairsync.pair import VMAIL, Pair, wait_for
 
 _CHANGES = 10
-_BOX = "/var/tmp/mbox/inbox"
+_FOLDER = "imported"
 
 
 def fill(pair: Pair, user: str, mails: int, size: int) -> float:
     """Import mails on A. Returns the seconds."""
     place = pair.a.path("/var/tmp") / "mbox"
     place.mkdir()
-    with (place / "inbox").open("w") as stream:
+    with (place / _FOLDER).open("w") as stream:
         for number in range(mails):
             stream.write(
                 f"From x@example.org Thu Jan  1 00:00:00 2026\nFrom: x@example.org\n"
                 f"Subject: {number}\nMessage-ID: <{user}-{number}@x>\n\n{'x' * size}\n\n"
             )
-    for path in (place, place / "inbox"):
+    for path in (place, place / _FOLDER):
         os.chown(path, VMAIL, VMAIL)
     began = time.monotonic()
-    source = f"mbox:/var/tmp/mbox:INBOX={_BOX}"
-    subprocess.run(pair.a.words("doveadm", "import", "-u", user, source, "", "all"), check=True)
+    for words in (
+        ("import", "-u", user, "mbox:/var/tmp/mbox", "", "mailbox", _FOLDER),
+        ("move", "-u", user, "INBOX", "mailbox", _FOLDER, "all"),
+    ):
+        subprocess.run(pair.a.words("doveadm", *words), check=True)
     shutil.rmtree(place)
     return time.monotonic() - began
 

@@ -58,9 +58,8 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         client = self._server.imap(self._user)
-        client.select()
+        known = int(client.select()[1][0] or 0)
         self.ready.set()
-        known = 0
         while not self._stopped.wait(_POLL_SECONDS):
             client.noop()
             now = time.monotonic()
