@@ -140,18 +140,19 @@ def unwanted(histories: Sequence[History]) -> set[Mail]:
 
 
 def surplus(histories: Sequence[History], newest: int) -> set[Mail]:
-    """What is in a folder more than once, of which what is newer than a UID is too much.
+    """What is in a folder more than once, where the last of it is newer than a UID; all but that.
 
     A run that broke off right after dsync had copied mails to give them new UIDs leaves both. None
-    of them is missed: they have one GUID, so one content.
+    of them is missed: they have one GUID, so one content. The last one stays, for that dsync may
+    not have ended yet, and is just about to delete what it has copied.
     """
     found: set[Mail] = set()
     places = [{(life.uid, life.guid) for life in h if life.is_there} for h in histories]
     for guid in {guid for here in places for _, guid in here}:
         uids = [{uid for uid, other in here if other == guid} for here in places]
-        if any(len(here) > 1 for here in uids):
-            kept = min(set.intersection(*uids) or set.union(*uids))
-            found.update((uid, guid) for uid in set.union(*uids) if uid > newest and uid != kept)
+        kept = max(set().union(*uids))
+        if kept > newest and any(len(here) > 1 for here in uids):
+            found.update((uid, guid) for here in uids for uid in here if uid != kept)
     return found
 
 

@@ -149,11 +149,10 @@ def test_a_uid_that_comes_again_is_another_mail() -> None:
 
 
 def test_a_mail_that_a_broken_run_left_twice_is_kept_once() -> None:
-    """Seen: it ends after dsync has copied mails and before it deletes them."""
+    """Seen: it ends after dsync has copied mails and before it deletes them, or just does so."""
     here = read([log(append(4, G), append(9, G, DSYNC))], [(4, G), (9, G)])
     there = read([log(append(4, G, DSYNC))], [(4, G)])
-    assert surplus([here, there], 0) == surplus([here, []], 0) == {(9, G)}
-    assert surplus([here, read([log(append(9, G, DSYNC))], [(9, G)])], 0) == {(4, G)}
+    assert surplus([here, there], 0) == surplus([here, []], 8) == {(4, G)}
     assert surplus([here, there], 9) == surplus([there, there], 0) == set()
 
 
