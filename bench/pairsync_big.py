@@ -82,7 +82,7 @@ def main() -> None:
         took = fill(pair, user, arguments.mails, arguments.size)
         print(f"imported {arguments.mails} mails in {took:.0f} s", flush=True)
         pair.a.heal()
-        pair.wait_up()
+        wait_for("the peer is there", lambda: pair.a.status()["peer"]["up"])
         began, load = time.monotonic(), os.getloadavg()[0]
         words = pair.a.words("pairsync", "refill")
         said = subprocess.run(words, check=True, capture_output=True, text=True).stdout

@@ -158,7 +158,8 @@ class Client:
 
     def create(self) -> None:
         with self.server.imap(self.user) as imap:
-            assert imap.create(self._name("folder"))[0] == "OK"
+            said = imap.create(self._name("folder"))
+            assert said[0] == "OK", said
 
     def rename(self) -> None:
         """Renamed again within a second it may have the earlier name: see the README."""
