@@ -58,7 +58,8 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         client = self._server.imap(self._user)
-        known = int(client.select()[1][0] or 0)
+        client.select()
+        known = int(client.response("EXISTS")[1][-1] or 0)
         self.ready.set()
         while not self._stopped.wait(_POLL_SECONDS):
             client.noop()
