@@ -115,8 +115,10 @@ class Doveadm:
             channel, length = _PACKET.unpack(await reader.readexactly(_PACKET.size))
             (log if channel == _LOG else output).extend(await reader.readexactly(length))
         text = bytes(output[: output.rindex(b"\n", 0, len(output) - 1)]).decode(errors="replace")
-        values = tuple(unescape(v) for v in text.strip("\n").split("\t"))
-        return Reply(code, values, _errors(log.decode(errors="replace")))
+        values = text.strip("\n").split("\t")
+        if "\x01" in text:
+            values = list(map(unescape, values))
+        return Reply(code, tuple(values), _errors(log.decode(errors="replace")))
 
 
 def _ending(output: bytearray) -> str | None:

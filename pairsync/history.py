@@ -10,16 +10,17 @@ Logs older than two days are gone. What they would have told is unknown then, ne
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 LOGS = ("dovecot.index.log.2", "dovecot.index.log")
 """In the folder of a folder's index, the older one first."""
 
 _HEADER = struct.Struct("<xxH")
-_RECORD = struct.Struct("<BBBBI")
+_RECORD = struct.Struct("<II")
+_WRITTEN = 0x80808080
 _APPEND, _INTRO, _DATA, _EXPUNGE = 0x2, 0x40, 0x200, 0x2000 | 0xCD90
+_TOLD = frozenset({_APPEND, _INTRO, _DATA, _EXPUNGE})
 _TYPE, _DONE, _DSYNC = 0x0FFFFFFF, 0x10000000, 0x20000000
 _NEW = struct.Struct("<IB3x")
 _WITH_GUID = struct.Struct("<I16s")
@@ -31,8 +32,7 @@ Mail = tuple[int, str]
 """UID and GUID."""
 
 
-@dataclass(frozen=True)
-class Life:
+class Life(NamedTuple):
     """A mail under one UID of a folder, on one server.
 
     :param by_dsync: whether dsync put it there
@@ -53,8 +53,11 @@ History = Sequence[Life]
 """Of one folder, on one server: what is there, and what was as far as its log tells."""
 
 
-def read(logs: Sequence[bytes], present: Sequence[Mail]) -> History:
-    """The history that logs tell, the older one first; ``present`` is what is in the folder now."""
+def read(logs: Sequence[bytes], present: Sequence[Mail], *, copied: bool = False) -> History:
+    """The history that logs tell, the older one first; ``present`` is what is in the folder now.
+
+    ``copied``: only that of mails of which dsync made others.
+    """
     guids: dict[int, str] = {}
     taken: set[int] = set()
     came: dict[int, int] = {}
@@ -92,7 +95,10 @@ def read(logs: Sequence[bytes], present: Sequence[Mail]) -> History:
     for old, number in went.items():
         olds.setdefault((number, guids.get(old, _UNKNOWN)), []).append(old)
     found = []
+    wanted = {guid for _, guid in olds} if copied else None
     for uid, guid in guids.items():
+        if wanted is not None and guid not in wanted:
+            continue
         number = came.get(uid, -1)
         before = tuple(old for old in olds.get((number, guid), ()) if old < uid)
         # It may be made of one that nothing more is known of.
@@ -111,16 +117,18 @@ def _records(log: bytes) -> Iterator[tuple[int, bytes]]:
     if len(log) < _HEADER.size:
         return
     (at,) = _HEADER.unpack_from(log)
-    while at + _RECORD.size <= len(log):
-        *quarters, kind = _RECORD.unpack_from(log, at)
-        size = 0
-        for quarter in quarters:
-            size = size << 7 | quarter & 0x7F
+    end = len(log) - _RECORD.size
+    while at <= end:
+        coded, kind = _RECORD.unpack_from(log, at)
+        size = coded & 0x7F
+        for shift in (8, 16, 24):
+            size = size << 7 | coded >> shift & 0x7F
         size <<= 2
         # One that is being written has not all of these bits yet.
-        if not all(quarter & 0x80 for quarter in quarters) or size < _RECORD.size:
+        if coded & _WRITTEN != _WRITTEN or size < _RECORD.size:
             return
-        yield kind, log[at + _RECORD.size : at + size]
+        if kind & _TYPE in _TOLD:
+            yield kind, log[at + _RECORD.size : at + size]
         at += size
 
 
@@ -133,8 +141,8 @@ def unwanted(histories: Sequence[History]) -> set[Mail]:
     (the same mail moved back) is another one, and so is what may be.
     """
     found: set[Mail] = set()
-    for guid in {life.guid for history in histories for life in history if life.taken}:
-        lives = [{life.uid: life for life in h if life.guid == guid} for h in histories]
+    taken = {life.guid for history in histories for life in history if life.taken}
+    for guid, lives in _by_guid(histories, taken).items():
         found.update((uid, guid) for uid in _dead(lives))
     return found
 
@@ -147,18 +155,36 @@ def surplus(histories: Sequence[History], newest: int) -> set[Mail]:
     not have ended yet, and is just about to delete what it has copied.
     """
     found: set[Mail] = set()
-    places = [{(life.uid, life.guid) for life in h if life.is_there} for h in histories]
-    for guid in {guid for here in places for _, guid in here}:
-        uids = [{uid for uid, other in here if other == guid} for here in places]
-        kept = max(set().union(*uids))
-        if kept > newest and any(len(here) > 1 for here in uids):
-            found.update((uid, guid) for here in uids for uid in here if uid != kept)
+    several: set[str] = set()
+    for history in histories:
+        known: set[str] = set()
+        for life in history:
+            if life.is_there:
+                (several if life.guid in known else known).add(life.guid)
+    for guid, lives in _by_guid(histories, several).items():
+        uids = {uid for known in lives for uid, life in known.items() if life.is_there}
+        if (kept := max(uids)) > newest:
+            found.update((uid, guid) for uid in uids - {kept})
+    return found
+
+
+def _by_guid(
+    histories: Sequence[History], guids: Set[str]
+) -> Mapping[str, Sequence[Mapping[int, Life]]]:
+    """GUID -> the lives of that mail, by UID, for each server."""
+    found: dict[str, list[dict[int, Life]]] = {}
+    for number, history in enumerate(histories):
+        for life in history:
+            if life.guid in guids:
+                lives = found.setdefault(life.guid, [{} for _ in histories])
+                lives[number][life.uid] = life
     return found
 
 
 def _dead(lives: Sequence[Mapping[int, Life]]) -> set[int]:
     """UIDs of one mail whose lives are over or should be; ``lives`` for each server."""
-    parents = {uid: _parents(uid, lives) for known in lives for uid in known}
+    uids = {uid for known in lives for uid in known}
+    parents = {uid: _parents(uid, lives, uids) for uid in uids}
     origins = {uid: set() if before else {uid} for uid, before in parents.items()}
     while grown := {
         uid: more
@@ -173,9 +199,8 @@ def _dead(lives: Sequence[Mapping[int, Life]]) -> set[int]:
     return taken | {uid for uid, found in origins.items() if found and found <= over}
 
 
-def _parents(uid: int, lives: Sequence[Mapping[int, Life]]) -> set[int]:
-    """From which UIDs dsync may have made this one; none: it did not, or nobody knows."""
-    uids = {uid for known in lives for uid in known}
+def _parents(uid: int, lives: Sequence[Mapping[int, Life]], uids: Set[int]) -> set[int]:
+    """From which of the UIDs dsync may have made this one; none: it did not, or nobody knows."""
     if not all(known[uid].by_dsync for known in lives if uid in known):
         return set()
     found: set[int] = set()

@@ -13,7 +13,9 @@ line. Each proves that it knows the shared secret, without showing it, before it
             where one of the two suspects that mails were left out (pairsync.repair),
             {"repair": {folder: uid}, "broken": whether a run broke off, "deleted": {...}}
     client: {"after": {folder: uid}}
-    server: {"mails": {folder: [[uid, guid]]}, "histories": {folder: [...]}}
+    server: {"moot": {folder: [guid]}}
+    client: {"moot": {folder: [guid]}}, with its own
+    server: {"histories": {folder: [[uid, guid, ...]]}} of those
     client: {"expunge": {folder: [[uid, guid]]}, "renumber": {folder: [uid]}}
     server: {"go": true}
     both:   the bytes of dsync in frames (pairsync.relay), until both have ended

@@ -19,8 +19,9 @@ import base64
 import binascii
 import contextlib
 import struct
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -32,13 +33,18 @@ from pairsync.history import History, Life, Mail
 Common = dict[str, int]
 """Folder (its GUID) -> highest UID up to which both had the same."""
 
-Listing = dict[str, list[Mail]]
-"""Folder (its GUID) -> UID and GUID of mails, in the order of their UIDs."""
+Listing = Mapping[str, Sequence[Mail]]
+"""Folder (its GUID) -> UID and GUID of mails."""
+
+Guids = Mapping[str, Set[str]]
+"""Folder (its GUID) -> GUIDs of mails."""
 
 _VERSION = 1
 _HEADER, _CHECKSUM = 4, 4
 _MAILBOX = struct.Struct("<16sIIQQI")
 _FIELDS = ("mailbox-guid", "uid", "guid")
+_CLOCK_SECONDS = 1.0
+"""By so much a file's time may be behind."""
 
 
 def common(state: str) -> Common:
@@ -81,28 +87,43 @@ def holes(
         matched = max(matched, both.get(folder, 0))
         missing = [uid for uid, guid in mails if uid < matched and guid not in guids]
         if missing:
-            found[folder] = missing
+            found[folder] = sorted(missing)
     return found
 
 
 @dataclass(frozen=True)
 class Mailbox:
-    """Mails of a user here, newer than the last good run."""
+    """A user's mails on one server, or some of them.
 
-    mails: Listing
+    :param histories: folder (its GUID) -> its history
+    :param names: folder (its GUID) -> its name
+    """
+
     histories: Mapping[str, History]
-    """Folder (its GUID) -> its history, of mails that are newer or there."""
-    names: Mapping[str, str]
-    """Folder (its GUID) -> its name."""
-    present: Mapping[str, Set[Mail]]
-    """Folder (its GUID) -> all of its mails."""
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def moot(self, after: Mapping[str, int]) -> Guids:
+        """Mails that may be left out or unwanted: newer than a UID, or taken away.
+
+        Of all others, both servers have had the same since the last good run.
+        """
+        return {
+            folder: {life.guid for life in lives if life.taken or life.uid > after.get(folder, 0)}
+            for folder, lives in self.histories.items()
+        }
+
+    def only(self, guids: Guids) -> Mailbox:
+        """Some mails, under all of their UIDs."""
+        found = {
+            folder: [life for life in lives if life.guid in wanted]
+            for folder, lives in self.histories.items()
+            if (wanted := guids.get(folder))
+        }
+        return Mailbox(found, self.names)
 
     def document(self) -> dict[str, Any]:
         """For the peer."""
-        histories = {
-            folder: [[*astuple(life)] for life in lives] for folder, lives in self.histories.items()
-        }
-        return {"mails": self.mails, "histories": histories}
+        return {"histories": self.histories}
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Mailbox:
@@ -114,14 +135,21 @@ class Mailbox:
             ]
             for folder, lives in document["histories"].items()
         }
-        return cls(_listing(document["mails"]), histories, {}, {})
+        return cls(histories)
 
 
-def _listing(document: Mapping[str, Any]) -> Listing:
-    return {
-        str(folder): [(int(uid), str(guid)) for uid, guid in mails]
-        for folder, mails in document.items()
-    }
+def all_of(*several: Mapping[str, Iterable[str]]) -> dict[str, set[str]]:
+    """The union of GUIDs."""
+    found: dict[str, set[str]] = {}
+    for guids in several:
+        for folder, some in guids.items():
+            found.setdefault(folder, set()).update(some)
+    return found
+
+
+def listed(guids: Guids) -> dict[str, list[str]]:
+    """For the peer."""
+    return {folder: list(found) for folder, found in guids.items() if found}
 
 
 @dataclass(frozen=True)
@@ -135,11 +163,19 @@ class Plan:
     expunge: Listing
     renumber: Mapping[str, Sequence[int]]
 
+    def document(self) -> dict[str, Any]:
+        """For the peer."""
+        return {"expunge": self.expunge, "renumber": self.renumber}
+
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Plan:
         """What the peer sent."""
+        expunge = {
+            str(folder): [(int(uid), str(guid)) for uid, guid in mails]
+            for folder, mails in document["expunge"].items()
+        }
         renumber = {str(f): list(map(int, uids)) for f, uids in document["renumber"].items()}
-        return cls(_listing(document["expunge"]), renumber)
+        return cls(expunge, renumber)
 
 
 def plans(
@@ -149,62 +185,53 @@ def plans(
 
     ``after`` is up to where both had the same, ``broken``: a run broke off since.
     """
-    gone: Listing = {}
+    gone: dict[str, list[Mail]] = {}
     both: Common = {}
-    boxes = (mine, theirs)
+    newer: tuple[dict[str, list[Mail]], ...] = ({}, {})
     kept: tuple[dict[str, set[str]], ...] = ({}, {})
     for folder in {*mine.histories, *theirs.histories}:
-        histories = [box.histories.get(folder, ()) for box in boxes]
+        newest = after.get(folder, 0)
+        histories = [box.histories.get(folder, ()) for box in (mine, theirs)]
         unwanted = history.unwanted(histories)
         if broken:
             left = [
                 [life for life in h if (life.uid, life.guid) not in unwanted] for h in histories
             ]
-            unwanted |= history.surplus(left, after.get(folder, 0))
+            unwanted |= history.surplus(left, newest)
         if unwanted:
             gone[folder] = sorted(unwanted)
         one, other = ({(life.uid, life.guid) for life in lives} for lives in histories)
         both[folder] = max((uid for uid, _ in one & other), default=0)
-        for guids, lives in zip(kept, histories, strict=True):
+        for mails, guids, lives in zip(newer, kept, histories, strict=True):
             places = {(life.uid, life.guid) for life in lives if life.is_there} - unwanted
             guids[folder] = {guid for _, guid in places}
-    here, there = (_without(box.mails, gone) for box in boxes)
+            mails[folder] = [(uid, guid) for uid, guid in places if uid > newest]
     return (
-        Plan(gone, holes(here, there, both, kept[1])),
-        Plan(gone, holes(there, here, both, kept[0])),
+        Plan(gone, holes(newer[0], newer[1], both, kept[1])),
+        Plan(gone, holes(newer[1], newer[0], both, kept[0])),
     )
 
 
-def _without(mails: Listing, gone: Listing) -> Listing:
-    return {
-        folder: [mail for mail in found if mail not in gone.get(folder, ())]
-        for folder, found in mails.items()
-    }
-
-
-async def look(doveadm: Doveadm, user: str, after: Mapping[str, int]) -> Mailbox:
-    """List mails newer than the UIDs in ``after``. Raises :class:`DovecotError`."""
-    present: Listing = {}
-    for folder, uid, guid in await _rows(doveadm, user, 3, "fetch", " ".join(_FIELDS), "all"):
-        present.setdefault(folder, []).append((int(uid), guid))
+async def look(doveadm: Doveadm, user: str) -> Mailbox:
+    """All mails that are there, and what became of others. Raises :class:`DovecotError`."""
+    rows = await _rows(doveadm, user, 3, "fetch", " ".join(_FIELDS), "all")
     # Only then the logs: what is taken away meanwhile is neither in the list nor unexplained.
-    histories: dict[str, History] = {}
     names = await _names(doveadm, user)
-    for folder, name in names.items():
-        logs = await _logs(doveadm, user, name)
-        here, newest = present.get(folder, []), after.get(folder, 0)
-        lives = await asyncio.to_thread(history.read, logs, here)
-        wanted = {guid for _, guid in here} | {life.guid for life in lives if life.uid > newest}
-        histories[folder] = [life for life in lives if life.guid in wanted]
+    paths = await _paths(doveadm, user, names)
+    histories = await asyncio.to_thread(_histories, rows, paths)
     if names != await _names(doveadm, user):
         # The log of a folder that was renamed meanwhile was not where it was looked for.
         raise DovecotError(f"{user}: folders were renamed while their logs were read")
-    mails = {
-        folder: newer
-        for folder, found in present.items()
-        if (newer := [mail for mail in found if mail[0] > after.get(folder, 0)])
+    return Mailbox(histories, names)
+
+
+def _histories(rows: Sequence[tuple[str, ...]], paths: Mapping[str, Path]) -> dict[str, History]:
+    present: dict[str, list[Mail]] = {}
+    for folder, uid, guid in rows:
+        present.setdefault(folder, []).append((int(uid), guid))
+    return {
+        folder: history.read(_logs(path), present.get(folder, ())) for folder, path in paths.items()
     }
-    return Mailbox(mails, histories, names, {folder: set(f) for folder, f in present.items()})
 
 
 async def _names(doveadm: Doveadm, user: str) -> dict[str, str]:
@@ -213,12 +240,22 @@ async def _names(doveadm: Doveadm, user: str) -> dict[str, str]:
     return {folder: name for name, folder in rows}
 
 
-async def _logs(doveadm: Doveadm, user: str, name: str) -> list[bytes]:
-    rows = await _rows(doveadm, user, 1, "mailbox path", "-t", "index", name)
+async def _paths(doveadm: Doveadm, user: str, names: Mapping[str, str]) -> dict[str, Path]:
+    """Folder (its GUID) -> where its logs are."""
+    if not names:
+        return {}
+    words = ("mailbox path", "-t", "index", "--", *names.values())
+    rows = await _rows(doveadm, user, 1, *words)
+    if len(rows) != len(names):
+        raise DovecotError(f"{user}: {len(rows)} paths for {len(names)} folders")
+    return {folder: Path(path) for folder, (path,) in zip(names, rows, strict=True)}
+
+
+def _logs(path: Path) -> list[bytes]:
     found = []
     for log in history.LOGS:
         with contextlib.suppress(OSError):
-            found.append(await asyncio.to_thread(Path(rows[0][0], log).read_bytes))
+            found.append((path / log).read_bytes())
     return found
 
 
@@ -226,8 +263,8 @@ async def _rows(doveadm: Doveadm, user: str, width: int, *words: str) -> list[tu
     reply = await doveadm.run(user, *words)
     if reply.code:
         raise DovecotError(f"doveadm {words[0]} for {user}: {reply.log or reply.code}")
-    whole = len(reply.values) // width * width
-    return [reply.values[at : at + width] for at in range(0, whole, width)]
+    columns = [reply.values[at::width] for at in range(width)]
+    return list(zip(*columns, strict=False))
 
 
 async def mend(doveadm: Doveadm, user: str, box: Mailbox, plan: Plan) -> int:
@@ -236,28 +273,51 @@ async def mend(doveadm: Doveadm, user: str, box: Mailbox, plan: Plan) -> int:
     Raises :class:`DovecotError`.
     """
     for folder, unwanted in plan.expunge.items():
-        if gone := sorted(box.present.get(folder, set()) & set(unwanted)):
-            name, which = box.names[folder], ",".join(str(uid) for uid, _ in gone)
+        lives = box.histories.get(folder, ())
+        here = {(life.uid, life.guid) for life in lives if life.is_there}
+        if gone := here.intersection(unwanted):
+            name, which = box.names[folder], _ranges(uid for uid, _ in gone)
             await _rows(doveadm, user, 1, "expunge", "mailbox-guid", folder, "uid", which)
             notify.log(notify.INFO, f"{user}: taken away by the user, in {name}: UIDs {which}")
     for folder, uids in plan.renumber.items():
-        name, which = box.names[folder], ",".join(map(str, uids))
+        name, which = box.names[folder], _ranges(uids)
         await _rows(doveadm, user, 1, "move", name, "mailbox-guid", folder, "uid", which)
         notify.log(notify.INFO, f"{user}: left out by a broken run, in {name}: UIDs {which}")
     return sum(map(len, plan.renumber.values()))
 
 
-async def bury(doveadm: Doveadm, user: str) -> None:
+def _ranges(uids: Iterable[int]) -> str:
+    """As IMAP writes a set of UIDs: Dovecot takes no line of more than a megabyte."""
+    runs = [
+        [uid for _, uid in found]
+        for _, found in groupby(enumerate(sorted(uids)), lambda pair: pair[1] - pair[0])
+    ]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}:{run[-1]}" for run in runs)
+
+
+async def bury(doveadm: Doveadm, user: str, since: float) -> None:
     """Delete what the user took away here while dsync was giving it another UID.
 
-    Raises :class:`DovecotError`.
+    ``since``: when that dsync began, seconds since 1970. Raises :class:`DovecotError`.
     """
-    for folder, name in (await _names(doveadm, user)).items():
-        lives = await asyncio.to_thread(history.read, await _logs(doveadm, user, name), ())
-        copied = {(life.uid, life.guid) for life in lives if life.before}
-        if copies := sorted(history.unwanted([lives]) & copied):
-            query = ("mailbox-guid", folder, "uid", ",".join(str(uid) for uid, _ in copies))
+    names = await _names(doveadm, user)
+    for folder, path in (await _paths(doveadm, user, names)).items():
+        copies = await asyncio.to_thread(_copies, path, since)
+        if copies:
+            query = ("mailbox-guid", folder, "uid", _ranges(uid for uid, _ in copies))
             rows = await _rows(doveadm, user, 2, "fetch", "uid guid", *query)
-            left = {(int(uid), guid) for uid, guid in rows}
-            box = Mailbox({}, {}, {folder: name}, {folder: left})
+            left = [Life(int(uid), guid, is_there=True) for uid, guid in rows]
+            box = Mailbox({folder: left}, names)
             await mend(doveadm, user, box, Plan({folder: copies}, {}))
+
+
+def _copies(path: Path, since: float) -> list[Mail]:
+    """Unwanted copies that dsync made in a folder, if its log was written since then."""
+    try:
+        if (path / history.LOGS[-1]).stat().st_mtime < since - _CLOCK_SECONDS:
+            return []
+    except OSError:
+        return []
+    lives = history.read(_logs(path), (), copied=True)
+    copied = {(life.uid, life.guid) for life in lives if life.before}
+    return sorted(history.unwanted([lives]) & copied)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from pairsync import repair
@@ -186,10 +186,11 @@ class Runner:
                     return Outcome.BUSY, ""
                 traffic.count(0)
                 self._suspects.add(job.user)
+                began = time.time()
                 carrier = _Carrier(slot, grant, traffic, seconds)
                 reply = await carrier.sync(self._doveadm, job.user, state)
                 if self._changes(job.user):
-                    await repair.bury(self._doveadm, job.user)
+                    await repair.bury(self._doveadm, job.user, began)
                 if reply is None:
                     return Outcome.STALLED, f"nothing moved for {seconds:g} s"
                 return self._judge(job, reply, deleted, state, traffic)
@@ -233,10 +234,16 @@ class Runner:
     async def _repair(self, user: str, grant: Grant, *, broken: bool) -> None:
         after = repair.latest(repair.common(self._states.of(user).sync), grant.repair or {})
         await send(grant.link.writer, {"after": after})
-        mine = await repair.look(self._doveadm, user, after)
-        other = repair.Mailbox.of(await receive(grant.link.reader, _REPAIR_SECONDS))
-        plan, for_peer = repair.plans(mine, other, after, broken=broken)
-        await send(grant.link.writer, asdict(for_peer))
+        mine = await repair.look(self._doveadm, user)
+        said = await receive(grant.link.reader, _REPAIR_SECONDS)
+        # All of this may be about a hundred thousand mails: the heartbeats go on meanwhile.
+        moot = await asyncio.to_thread(lambda: repair.all_of(mine.moot(after), dict(said["moot"])))
+        await send(grant.link.writer, {"moot": await asyncio.to_thread(repair.listed, moot)})
+        said = await receive(grant.link.reader, _REPAIR_SECONDS)
+        plan, for_peer = await asyncio.to_thread(
+            lambda: repair.plans(mine.only(moot), repair.Mailbox.of(said), after, broken=broken)
+        )
+        await send(grant.link.writer, for_peer.document())
         self.renumbered += await repair.mend(self._doveadm, user, mine, plan)
         await receive(grant.link.reader, _REPAIR_SECONDS)
 

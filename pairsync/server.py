@@ -24,7 +24,7 @@ from pairsync.link import (
 )
 from pairsync.peer import without_delay
 from pairsync.relay import Traffic, relay, silence, take_frame
-from pairsync.repair import Common, Plan, bury, look, mend
+from pairsync.repair import Common, Plan, all_of, bury, listed, look, mend
 from pairsync.schedule import Turns
 from pairsync.sieve import ScriptError
 
@@ -220,6 +220,7 @@ class Server:
             if not first:
                 return False
             well = False
+            began = time.time()
             traffic.count(len(first))
             local.write(first)
             clean = await self._relay((local_reader, local), (reader, writer), traffic, seconds)
@@ -228,7 +229,7 @@ class Server:
             if self._guests.changes(user):
                 # If Dovecot is gone by now, this is done once the user has settled.
                 with contextlib.suppress(DovecotError):
-                    await bury(self._doveadm, user)
+                    await bury(self._doveadm, user, began)
             return clean
         except (DovecotError, ScriptError) as error:
             await send(writer, {"error": f"its Dovecot: {error}"})
@@ -261,9 +262,12 @@ class Server:
             await asyncio.gather(carrying, waiting, return_exceptions=True)
 
     async def _repair(self, reader: Reader, writer: Writer, user: str) -> None:
-        after = await receive(reader, _REPAIR_SECONDS)
-        box = await look(self._doveadm, user, after["after"])
-        await send(writer, box.document())
+        after = dict((await receive(reader, _REPAIR_SECONDS))["after"])
+        box = await look(self._doveadm, user)
+        await send(writer, {"moot": await asyncio.to_thread(lambda: listed(box.moot(after)))})
+        moot = (await receive(reader, _REPAIR_SECONDS))["moot"]
+        found = await asyncio.to_thread(lambda: box.only(all_of(moot)))
+        await send(writer, found.document())
         plan = Plan.of(await receive(reader, _REPAIR_SECONDS))
         await mend(self._doveadm, user, box, plan)
         await send(writer, {"go": True})

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import struct
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pairsync.history import Life, read, surplus, unwanted
-from pairsync.repair import Mailbox, Plan, plans
+from pairsync.repair import Mailbox, Plan, all_of, listed, plans
 
 G, H = "0a" * 16, "0b" * 16
 APPEND, INTRO, DATA, EXPUNGE = 0x2, 0x40, 0x200, 0x2000 | 0xCD90
@@ -156,6 +159,12 @@ def test_a_mail_that_a_broken_run_left_twice_is_kept_once() -> None:
     assert surplus([here, there], 9) == surplus([there, there], 0) == set()
 
 
+def test_mails_that_dsync_did_not_copy_can_be_left_aside() -> None:
+    whole = log(append(1, G), append(2, H), append(3, G, DSYNC), wish(1, DSYNC), done(1, G))
+    lives = read([whole], [])
+    assert read([whole], [], copied=True) == [life for life in lives if life.guid == G]
+
+
 def test_an_older_log_counts_too() -> None:
     assert read([log(append(1, G), wish(1)), log(done(1, G))], []) == [Life(1, G, taken=True)]
 
@@ -185,30 +194,79 @@ def test_what_nobody_took_away_stays(here: list[Life], there: list[Life]) -> Non
     assert {guid for _, guid in unwanted([here, there])} == taken
 
 
-def box(mails: list[tuple[int, str]], lives: Sequence[Life]) -> Mailbox:
-    return Mailbox({"i": mails}, {"i": lives}, {"i": "INBOX"}, {"i": set(mails)})
+def box(*lives: Life) -> Mailbox:
+    return Mailbox({"i": lives}, {"i": "INBOX"})
+
+
+def there(uid: int, guid: str) -> Life:
+    return Life(uid, guid, is_there=True)
 
 
 def test_only_what_nobody_took_away_is_left_out() -> None:
-    mine = [(1, "a"), (2, G), (3, H), (4, "d")]
-    theirs = [(1, "a"), (4, "d")]
-    lives = [Life(uid, guid) for uid, guid in mine]
-    one, other = plans(box(mine, lives), box(theirs, [Life(2, G, taken=True)]))
+    mine = box(there(1, "a"), there(2, G), there(3, H), there(4, "d"))
+    theirs = box(there(1, "a"), Life(2, G, taken=True), there(4, "d"))
+    one, other = plans(mine, theirs)
     assert one.expunge == {"i": [(2, G)]}
     assert one.renumber == {"i": [3]}
     assert other.renumber == {}
-    assert Mailbox.of(box(mine, lives).document()).mails == {"i": mine}
 
 
 def test_a_mail_below_one_that_both_had_is_left_out() -> None:
     """Seen: dsync finds in the logs that both had 9, which was deleted, and deleted 8 for it."""
-    here = box([(7, G), (8, "left out")], [Life(7, G), Life(8, "left out"), Life(9, H)])
-    there = box([(7, G)], [Life(7, G), Life(9, H, taken=True)])
-    assert plans(here, there)[0].renumber == {"i": [8]}
+    mine = box(there(7, G), there(8, "left out"), Life(9, H))
+    theirs = box(there(7, G), Life(9, H, taken=True))
+    assert plans(mine, theirs)[0].renumber == {"i": [8]}
 
 
 def test_a_mail_that_is_there_under_an_older_uid_is_not_left_out() -> None:
     """Seen: 27 was common; a run broke off after it had become 32 here."""
-    here = box([(32, G), (33, H)], [Life(32, G, is_there=True), Life(33, H, is_there=True)])
-    there = box([(33, H)], [Life(27, G, is_there=True), Life(33, H, is_there=True)])
-    assert plans(here, there) == (Plan({}, {}), Plan({}, {}))
+    mine = box(there(32, G), there(33, H))
+    theirs = box(there(27, G), there(33, H))
+    assert plans(mine, theirs) == (Plan({}, {}), Plan({}, {}))
+
+
+def over_the_link(document: object) -> Any:
+    return json.loads(json.dumps(document))
+
+
+_BOXES = st.lists(
+    st.builds(
+        Life,
+        uid=st.integers(1, 9),
+        guid=st.sampled_from("ghij"),
+        by_dsync=st.booleans(),
+        before=st.lists(st.integers(1, 9), max_size=2).map(tuple),
+        taken=st.booleans(),
+        is_there=st.booleans(),
+    ),
+    unique_by=lambda life: life.uid,
+    max_size=9,
+).map(lambda lives: box(*lives))
+
+
+@given(_BOXES, _BOXES, st.integers(0, 9), st.booleans())
+def test_what_is_moot_is_all_that_the_plans_need(
+    mine: Mailbox, theirs: Mailbox, newest: int, broken: bool
+) -> None:
+    after = {"i": newest}
+    moot = all_of(mine.moot(after), over_the_link(listed(theirs.moot(after))))
+    told = Mailbox.of(over_the_link(theirs.only(moot).document()))
+    whole = plans(mine, theirs, after, broken=broken)
+    assert plans(mine.only(moot), told, after, broken=broken) == whole
+    assert Plan.of(over_the_link(whole[1].document())) == whole[1]
+
+
+def test_what_many_mails_cost_grows_with_their_number() -> None:
+    mails = [(uid, f"{uid:032x}") for uid in range(1, 40_001)]
+    whole = log(
+        *(append(uid, guid, DSYNC) for uid, guid in mails),
+        *(wish(uid) + done(uid, guid) for uid, guid in mails[::2]),
+    )
+    began = time.process_time()
+    lives = read([whole], mails[1::2])
+    mine, theirs = Mailbox({"i": lives}), Mailbox({"i": lives[1:] + lives[:1]})
+    told = Mailbox.of(over_the_link(theirs.only(mine.moot({})).document()))
+    plan, _ = plans(mine, told, broken=True)
+    assert len(plan.expunge["i"]) == 20_000
+    # Some times as much as it takes; what grows with the square takes minutes.
+    assert time.process_time() - began < 10
