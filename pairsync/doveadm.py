@@ -49,10 +49,14 @@ def unescape(word: str) -> str:
 
 
 class Doveadm:
-    """The doveadm service behind ``socket``."""
+    """The doveadm service behind ``socket``.
+
+    ``paths``: (user, folder's GUID, its name) -> where its index is, where it was asked for.
+    """
 
     def __init__(self, socket: Path) -> None:
         self.socket = socket
+        self.paths: dict[tuple[str, str, str], Path] = {}
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection that nothing was sent on. Raises :class:`DovecotError`."""

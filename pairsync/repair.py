@@ -43,6 +43,7 @@ _VERSION = 1
 _HEADER, _CHECKSUM = 4, 4
 _MAILBOX = struct.Struct("<16sIIQQI")
 _FIELDS = ("mailbox-guid", "uid", "guid")
+_PATHS = 50_000
 _CLOCK_SECONDS = 1.0
 """By so much a file's time may be behind."""
 
@@ -241,14 +242,18 @@ async def _names(doveadm: Doveadm, user: str) -> dict[str, str]:
 
 
 async def _paths(doveadm: Doveadm, user: str, names: Mapping[str, str]) -> dict[str, Path]:
-    """Folder (its GUID) -> where its logs are."""
-    if not names:
-        return {}
-    words = ("mailbox path", "-t", "index", "--", *names.values())
-    rows = await _rows(doveadm, user, 1, *words)
-    if len(rows) != len(names):
-        raise DovecotError(f"{user}: {len(rows)} paths for {len(names)} folders")
-    return {folder: Path(path) for folder, (path,) in zip(names, rows, strict=True)}
+    """Folder (its GUID) -> where its logs are.
+
+    Dovecot is asked once: it makes a path of the name, or of the GUID, and tells but one a call.
+    """
+    known = doveadm.paths
+    for folder, name in names.items():
+        if (user, folder, name) not in known:
+            rows = await _rows(doveadm, user, 1, "mailbox path", "-t", "index", "--", name)
+            if len(known) >= _PATHS:
+                known.clear()
+            known[user, folder, name] = Path(rows[0][0])
+    return {folder: known[user, folder, name] for folder, name in names.items()}
 
 
 def _logs(path: Path) -> list[bytes]:
@@ -281,7 +286,7 @@ async def mend(doveadm: Doveadm, user: str, box: Mailbox, plan: Plan) -> int:
             notify.log(notify.INFO, f"{user}: taken away by the user, in {name}: UIDs {which}")
     for folder, uids in plan.renumber.items():
         name, which = box.names[folder], _ranges(uids)
-        await _rows(doveadm, user, 1, "move", name, "mailbox-guid", folder, "uid", which)
+        await _rows(doveadm, user, 1, "move", "--", name, "mailbox-guid", folder, "uid", which)
         notify.log(notify.INFO, f"{user}: left out by a broken run, in {name}: UIDs {which}")
     return sum(map(len, plan.renumber.values()))
 
@@ -301,23 +306,22 @@ async def bury(doveadm: Doveadm, user: str, since: float) -> None:
     ``since``: when that dsync began, seconds since 1970. Raises :class:`DovecotError`.
     """
     names = await _names(doveadm, user)
-    for folder, path in (await _paths(doveadm, user, names)).items():
-        copies = await asyncio.to_thread(_copies, path, since)
-        if copies:
-            query = ("mailbox-guid", folder, "uid", _ranges(uid for uid, _ in copies))
-            rows = await _rows(doveadm, user, 2, "fetch", "uid guid", *query)
-            left = [Life(int(uid), guid, is_there=True) for uid, guid in rows]
-            box = Mailbox({folder: left}, names)
-            await mend(doveadm, user, box, Plan({folder: copies}, {}))
+    paths = await _paths(doveadm, user, names)
+    for folder, copies in (await asyncio.to_thread(_copies, paths, since)).items():
+        query = ("mailbox-guid", folder, "uid", _ranges(uid for uid, _ in copies))
+        rows = await _rows(doveadm, user, 2, "fetch", "uid guid", *query)
+        left = [Life(int(uid), guid, is_there=True) for uid, guid in rows]
+        await mend(doveadm, user, Mailbox({folder: left}, names), Plan({folder: copies}, {}))
 
 
-def _copies(path: Path, since: float) -> list[Mail]:
-    """Unwanted copies that dsync made in a folder, if its log was written since then."""
-    try:
-        if (path / history.LOGS[-1]).stat().st_mtime < since - _CLOCK_SECONDS:
-            return []
-    except OSError:
-        return []
-    lives = history.read(_logs(path), (), copied=True)
-    copied = {(life.uid, life.guid) for life in lives if life.before}
-    return sorted(history.unwanted([lives]) & copied)
+def _copies(paths: Mapping[str, Path], since: float) -> dict[str, list[Mail]]:
+    """Unwanted copies that dsync made in folders whose logs were written since then."""
+    found = {}
+    for folder, path in paths.items():
+        with contextlib.suppress(OSError):
+            if (path / history.LOGS[-1]).stat().st_mtime >= since - _CLOCK_SECONDS:
+                lives = history.read(_logs(path), (), copied=True)
+                copied = {(life.uid, life.guid) for life in lives if life.before}
+                if unwanted := history.unwanted([lives]) & copied:
+                    found[folder] = sorted(unwanted)
+    return found
