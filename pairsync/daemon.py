@@ -232,7 +232,12 @@ class Daemon:
     def common(self, user: str) -> repair.Common:
         return repair.common(self._states.of(user).sync)
 
-    def left(self, user: str, *, well: bool | None) -> None:
+    def left(self, user: str, *, well: bool | None, state: str) -> None:
+        if well and state:
+            # An own older one would hide flags of mails that were carried since: dsync takes them
+            # for new on both servers, and compares no flags then.
+            self._states.of(user).sync = state
+            self._states.save(user)
         try:
             if well is not None:
                 self._unsettled.guest(user, time.monotonic())

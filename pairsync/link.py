@@ -19,7 +19,7 @@ line. Each proves that it knows the shared secret, without showing it, before it
     client: {"expunge": {folder: [[uid, guid]]}, "renumber": {folder: [uid]}}
     server: {"go": true}
     both:   the bytes of dsync in frames (pairsync.relay), until both have ended
-    client: {"well": whether the run ended well}, and then the next "run"
+    client: {"well": whether the run ended well, "state": dsync's after it}, then the next "run"
     server: {"error": ...} in place of any of its lines
 """
 

@@ -144,13 +144,15 @@ class Peer:
             deleted = _times(answer.get("deleted"))
             return Grant(link, deleted, answer.get("repair"), bool(answer.get("broken")))
 
-    def finish(self, grant: Grant, *, clean: bool, well: bool) -> None:
+    def finish(self, grant: Grant, *, clean: bool, well: bool, state: str) -> None:
         """A run has ended, ``well`` or not; a ``clean`` connection is kept for the next.
 
-        Without that word the peer takes a run for broken off, if its dsync began.
+        Without that word the peer takes a run for broken off, if its dsync began. ``state``: what
+        dsync gave as its state, if it did.
         """
         if clean:
-            grant.link.writer.write(json.dumps({"well": well}).encode() + b"\n")
+            word = {"well": well, "state": state}
+            grant.link.writer.write(json.dumps(word).encode() + b"\n")
         self._release(grant.link, keep=clean)
 
     async def keep_idle(self) -> None:

@@ -176,6 +176,7 @@ class Runner:
             suspect = broken or job.user in self._settling
             grant = await self._peer.open_run(job.user, seconds, deleted, suspect=suspect)
             carrier: _Carrier | None = None
+            given = ""
             try:
                 self._turns.granted(job.user)
                 await self._delete_scripts(job.user, {**deleted, **grant.deleted})
@@ -193,10 +194,13 @@ class Runner:
                     await repair.bury(self._doveadm, job.user, began)
                 if reply is None:
                     return Outcome.STALLED, f"nothing moved for {seconds:g} s"
-                return self._judge(job, reply, deleted, state, traffic)
+                outcome, words = self._judge(job, reply, deleted, state, traffic)
+                given = self._states.of(job.user).sync if outcome is Outcome.OK else ""
+                return outcome, words
             finally:
                 well = job.user not in self._suspects
-                self._peer.finish(grant, clean=carrier is not None and carrier.clean, well=well)
+                clean = carrier is not None and carrier.clean
+                self._peer.finish(grant, clean=clean, well=well, state=given)
         finally:
             self._turns.end(job.user)
             async with self._released:

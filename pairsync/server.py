@@ -54,8 +54,11 @@ class Guests(Protocol):
     def common(self, user: str) -> Common:
         """What both had after the last good run that this server knows of."""
 
-    def left(self, user: str, *, well: bool | None) -> None:
-        """The run has ended; None: before dsync began, so nothing is better or worse."""
+    def left(self, user: str, *, well: bool | None, state: str) -> None:
+        """The run has ended; None: before dsync began, so nothing is better or worse.
+
+        ``state``: what dsync gave as its state, if it did.
+        """
 
 
 class Server:
@@ -197,6 +200,7 @@ class Server:
         local: Writer | None = None
         traffic = Traffic()
         well: bool | None = None
+        state = ""
         try:
             mine = await self._deletions(user, deleted)
             local_reader, local = await self._doveadm.connect()
@@ -225,7 +229,8 @@ class Server:
             local.write(first)
             clean = await self._relay((local_reader, local), (reader, writer), traffic, seconds)
             if clean:
-                well = bool((await receive(reader, _WORD_SECONDS))["well"])
+                word = await receive(reader, _WORD_SECONDS)
+                well, state = bool(word["well"]), str(word["state"])
             if self._guests.changes(user):
                 # If Dovecot is gone by now, this is done once the user has settled.
                 with contextlib.suppress(DovecotError):
@@ -237,7 +242,7 @@ class Server:
         except TimeoutError:
             return False
         finally:
-            self._guests.left(user, well=well)
+            self._guests.left(user, well=well, state=state)
             if local is not None and traffic.size:
                 local.transport.abort()
             elif local is not None:

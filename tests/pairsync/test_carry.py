@@ -94,6 +94,22 @@ def test_every_change_is_carried_both_ways(pair: Pair) -> None:
         assert here.scripts(user) == {"kept": False, "new": False}
 
 
+def test_a_flag_on_a_mail_that_came_from_there_is_carried_back(pair: Pair, user: str) -> None:
+    """Seen: it was not, where the state of this server's last run was older than the mail."""
+    with pair.b.imap(user) as imap:
+        imap.select()
+    wait_for("a run of B's", lambda: "INBOX" in pair.a.contents(user)["folders"])
+    pair.wait_quiet()
+    for number in range(5):
+        pair.a.deliver(user, f"{user}-{number}")
+        pair.wait_equal([user], 5)
+    time.sleep(6)  # Who is written on both servers at once gets a full run.
+    with pair.b.imap(user) as imap:
+        imap.select()
+        imap.store("1", "+FLAGS", "(important)")
+    pair.wait_equal([user], 5)
+
+
 def test_what_a_sync_writes_asks_for_no_sync(pair: Pair, user: str) -> None:
     before = pair.b.status()["runs"]
     for number in range(3):
