@@ -17,6 +17,9 @@ from pairsync.link import Closed, LinkError, Reader, Writer
 _CHUNK = 1 << 16
 _END_SECONDS = 4.0
 _LENGTH = struct.Struct(">I")
+_STORED_PER_SECOND = 1 << 20
+LONGEST_SILENCE = 600.0
+"""After so long, the dsync that the other one asked ends by itself."""
 
 
 @dataclass
@@ -107,7 +110,16 @@ async def _receive(link: Reader, local: Writer, traffic: Traffic) -> bool:
     return True
 
 
+def patience(seconds: float, size: int) -> float:
+    """How many seconds a run may be silent that has carried so many bytes.
+
+    dsync stores most of what it was sent after the last of it has come, and writes the folder's
+    index anew for each hundred mails: a minute or two for 100,000 mails on a loaded machine.
+    """
+    return min(LONGEST_SILENCE, seconds + size / _STORED_PER_SECOND)
+
+
 async def silence(traffic: Traffic, seconds: float) -> None:
-    """Return when nothing has gone through for ``seconds``."""
-    while (rest := traffic.last + seconds - time.monotonic()) > 0:
+    """Return when nothing has gone through for ``seconds``, or more where much has."""
+    while (rest := traffic.last + patience(seconds, traffic.size) - time.monotonic()) > 0:
         await asyncio.sleep(rest)

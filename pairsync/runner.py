@@ -14,7 +14,7 @@ from pairsync.config import Config
 from pairsync.doveadm import Doveadm, DovecotError, Reply
 from pairsync.link import LinkError, Reader, Writer, receive, send
 from pairsync.peer import Grant, Peer, PeerAway, PeerBusy
-from pairsync.relay import Traffic, relay, silence
+from pairsync.relay import LONGEST_SILENCE, Traffic, patience, relay, silence
 from pairsync.schedule import Job, Outcome, Turns
 from pairsync.sieve import ScriptError, Scripts
 from pairsync.state import States
@@ -72,7 +72,7 @@ class _Carrier:
         """What dsync answers; None where nothing was sent for too long."""
         seconds = max(1, round(self._seconds))
         # The silence is noticed here first: dsync's own limit would make it any failure.
-        limits = ("-l", str(seconds), "-T", str(seconds + _SLACK_SECONDS))
+        limits = ("-l", str(seconds), "-T", str(round(LONGEST_SILENCE) + _SLACK_SECONDS))
         words = ["sync", *([] if state else ["-f"]), *limits, "-s", state]
         came = self._slot.expect()
         command = asyncio.create_task(doveadm.run(user, *words, f"tcp:{self._slot.path}"))
@@ -193,7 +193,8 @@ class Runner:
                 if self._changes(job.user):
                     await repair.bury(self._doveadm, job.user, began)
                 if reply is None:
-                    return Outcome.STALLED, f"nothing moved for {seconds:g} s"
+                    seconds = patience(seconds, traffic.size)
+                    return Outcome.STALLED, f"nothing moved for {seconds:.0f} s"
                 outcome, words = self._judge(job, reply, deleted, state, traffic)
                 given = self._states.of(job.user).sync if outcome is Outcome.OK else ""
                 return outcome, words

@@ -217,6 +217,8 @@ class Server:
                     },
                 )
                 await self._repair(reader, writer, user)
+                # A full run follows, whatever was asked for.
+                seconds = max(seconds, self._config.sync.silence_full + _SLACK_SECONDS)
             else:
                 await send(writer, {"go": True, "deleted": dict(mine)})
             async with asyncio.timeout(seconds):

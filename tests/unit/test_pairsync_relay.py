@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from pairsync.link import LinkError, Reader, Writer
-from pairsync.relay import Traffic, put_frame, relay, take_frame
+from pairsync.relay import Traffic, patience, put_frame, relay, silence, take_frame
 
 Ends = tuple[Reader, Writer]
 
@@ -99,5 +99,18 @@ def test_what_is_no_frame_is_refused() -> None:
         writer.write(b'{"go": true}\n')
         with pytest.raises(LinkError, match="not a frame"):
             await take_frame(reader)
+
+    asyncio.run(work())
+
+
+def test_a_run_that_has_carried_much_may_be_silent_for_longer_but_not_for_good() -> None:
+    """Seen: 100,000 mails were stored for 30 seconds after the last of them had come."""
+    assert patience(5.0, 0) == 5.0
+    assert patience(30.0, 286_000_000) > 300
+    assert patience(30.0, 1 << 40) == 600
+
+    async def work() -> None:
+        async with asyncio.timeout(5):
+            await silence(Traffic(size=1000), 0.01)
 
     asyncio.run(work())
