@@ -5,7 +5,7 @@
 Two real Dovecots with pairsync on this machine (tests/pairsync/pair.py). The mails are imported
 on one server while the other is cut off; what follows is as after a lost disk. Then single mails
 and flags: from the answer to the change until the run that carried it has ended, as the daemon
-counts it, without debounce.
+counts it, without debounce. The first run after a full one lists every mail once more.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def change(pair: Pair, user: str, kind: str) -> list[float]:
         wait_for("a run", lambda n=before[1]: pair.a.status()["runs"]["ok"] > n)  # type: ignore[misc]
         time.sleep(1.1)  # The metrics are written once a second.
         found.append(pair.a.metric("run_seconds_total") - before[0])
-    return sorted(found)
+    return found
 
 
 def main() -> None:
@@ -95,8 +95,12 @@ def main() -> None:
         count = len(pair.b.tags(user))
         assert count == arguments.mails + 1, count
         for kind in ("mail", "flag"):
-            runs = change(pair, user, kind)
-            print(f"a run for one {kind}: p50 {runs[len(runs) // 2]:.2f} s, max {runs[-1]:.2f} s")
+            first, *runs = change(pair, user, kind)
+            runs.sort()
+            print(
+                f"a run for one {kind}: the first {first:.2f} s, the others p50 "
+                f"{runs[len(runs) // 2]:.2f} s, max {runs[-1]:.2f} s"
+            )
         print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     finally:
         pair.close()

@@ -17,7 +17,7 @@ from pairsync.link import Closed, LinkError, Reader, Writer
 _CHUNK = 1 << 16
 _END_SECONDS = 4.0
 _LENGTH = struct.Struct(">I")
-_STORED_PER_SECOND = 1 << 20
+_STORED_AT_ONCE, _STORED_PER_SECOND = 1 << 22, 1 << 18
 LONGEST_SILENCE = 600.0
 """After so long, the dsync that the other one asked ends by itself."""
 
@@ -114,9 +114,10 @@ def patience(seconds: float, size: int) -> float:
     """How many seconds a run may be silent that has carried so many bytes.
 
     dsync stores most of what it was sent after the last of it has come, and writes the folder's
-    index anew for each hundred mails: a minute or two for 100,000 mails on a loaded machine.
+    index anew for each hundred mails: a minute or more for 30,000 mails on a loaded machine.
     """
-    return min(LONGEST_SILENCE, seconds + size / _STORED_PER_SECOND)
+    stored = max(0, size - _STORED_AT_ONCE) / _STORED_PER_SECOND
+    return min(LONGEST_SILENCE, seconds + stored)
 
 
 async def silence(traffic: Traffic, seconds: float) -> None:
