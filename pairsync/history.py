@@ -209,5 +209,6 @@ def _parents(uid: int, lives: Sequence[Mapping[int, Life]], uids: Set[int]) -> s
             found.update(known[uid].before)
             others = [other for other in lives if other is not known]
             if not known[uid].before and not any(uid in other for other in others):
-                found.update(u for other in others for u in other)
+                # A mail that finds its UID given away gets one that neither server has had.
+                found.update(u for other in others for u in other if u < uid)
     return found - {uid} if found <= uids else set()

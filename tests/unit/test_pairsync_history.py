@@ -132,6 +132,14 @@ def test_a_mail_that_may_be_another_one_stays() -> None:
     assert gone(read([here], both), read([there], both)) == {16, 23}
 
 
+def test_a_mail_that_was_moved_back_stays_where_the_log_of_its_first_move_is_gone() -> None:
+    """Seen: 25 was moved away, here too, and back as 68; then Dovecot began its log anew."""
+    here = log(append(68, G), append(79, G, DSYNC), wish(68, DSYNC), done(68, G))
+    there = log(append(25, G, DSYNC), wish(25), done(25, G), append(79, G, DSYNC))
+    both = [(79, G)]
+    assert gone(read([here], both), read([there], both)) == {25}
+
+
 def test_a_copy_of_a_mail_that_nothing_is_known_of_stays() -> None:
     here = log(append(4, G, DSYNC), done(3, "00" * 16, DSYNC))
     there = log(append(2, G), wish(2), done(2, G))
