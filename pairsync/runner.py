@@ -22,6 +22,7 @@ from pairsync.state import States
 _TURN_SECONDS = 2.0
 _REPAIR_SECONDS = 60.0
 _SLACK_SECONDS = 2
+_LARGE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ class Runner:
         self._settling = settling
         self._rests = rests
         self._changes = changes
+        self._large: set[str] = set()
+        """Users whose last full run moved much, and no other has succeeded since."""
         self.renumbered = 0
         self._bytes = 0
         self._traffics: list[Traffic] = []
@@ -171,7 +174,9 @@ class Runner:
         try:
             deleted = dict(self._states.of(job.user).deleted)
             sync, state = self._config.sync, "" if job.full else self._states.of(job.user).sync
-            seconds = sync.silence if state else sync.silence_full
+            # What follows a full run lists every mail once more.
+            brief = state and job.user not in self._large
+            seconds = sync.silence if brief else sync.silence_full
             broken = job.user in self._suspects
             suspect = broken or job.user in self._settling
             grant = await self._peer.open_run(job.user, seconds, deleted, suspect=suspect)
@@ -228,8 +233,11 @@ class Runner:
         self._settling.discard(job.user)
         state = self._states.of(job.user)
         state.sync = reply.values[0]
+        self._large.discard(job.user)
         if not began_with:
             state.full_at = time.time()
+            if traffic.size > _LARGE:
+                self._large.add(job.user)
         for name, version in deleted.items():
             if state.deleted.get(name) == version:
                 del state.deleted[name]
