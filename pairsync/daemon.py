@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from pairsync.inotify import Inotify
 from pairsync.link import Identity, LinkError, Tls, boot_id, folder_id
 from pairsync.markers import Markers, user_name
 from pairsync.peer import Peer
+from pairsync.renames import Renames
 from pairsync.runner import Result, Runner
 from pairsync.schedule import FAILURES, Job, Outcome, Queue, Turns
 from pairsync.server import Server
@@ -97,6 +99,8 @@ class Daemon:
             self._scripts = Scripts(
                 config.dovecot.homes, config.sieve, self._states, self._doveadm, self._mark
             )
+        self._renames = Renames(self._markers.folders, self._states, self._doveadm)
+        self._asides: set[asyncio.Task[None]] = set()
         self._peer = Peer(config, self._tls, self._secret, self._me, self._on_up, self._on_down)
         self._server = Server(
             config,
@@ -107,6 +111,7 @@ class Daemon:
             self._turns,
             self._released,
             self._deletions,
+            self._renames,
             self,
         )
         self._runner = Runner(
@@ -117,6 +122,7 @@ class Daemon:
             self._released,
             self._states,
             self._scripts,
+            self._renames,
             self._suspects,
             self._settling,
             self.rests,
@@ -145,6 +151,7 @@ class Daemon:
             self._changes.add(folder, inotify.CLOSE_WRITE)
         loop.add_reader(self._changes.fileno(), self._take_changes)
         self._rescan()
+        self._renames.scan()
         if self._scripts is not None:
             self._scripts.start()
             loop.add_reader(self._scripts.fileno(), self._scripts.handle_events)
@@ -179,10 +186,22 @@ class Daemon:
                 self._rescan()
             elif user := user_name(event.name):
                 self._notice(user, time.time())
+            elif user := self._renames.note(event.name):
+                self._work(self._learn(user))
             elif user := self._markers.take_subscribed(event.name):
                 left = 1.0 - time.time() % 1.0 + _CLOCKS_APART
                 self._queue.rest(user, time.monotonic() + left)
         self._wake.set()
+
+    async def _learn(self, user: str) -> None:
+        """Find out at once which folder was renamed, before anything else happens to it."""
+        with contextlib.suppress(DovecotError, OSError):
+            await self._renames.learn(user)
+
+    def _work(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._asides.add(task)
+        task.add_done_callback(self._asides.discard)
 
     def _notice(self, user: str, since: float) -> None:
         self._dirty.setdefault(user, since)

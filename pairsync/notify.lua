@@ -3,7 +3,9 @@
 -- named after the user. It is opened to append and nothing is written: its time stays that of
 -- the first change, it takes no space, and closing it wakes the daemon each time.
 -- A disk that takes no new file must not keep mail out: then the marker goes to /run.
--- A change of subscriptions leaves one more before it, with ~ in front: see markers.py.
+-- A change of subscriptions leaves one more before it, with ~ in front: see markers.py. A new
+-- folder and a rename leave one with ! in front, which has the old name, if any, and the new one
+-- in it, a line each: see renames.py.
 
 local folders = { "/var/lib/pairsync/dirty/", "/run/pairsync/dirty/" }
 
@@ -12,11 +14,12 @@ local function file_name(user)
   return (name:gsub("^%.", "%%2E"))
 end
 
-local function leave(user, prefix)
-  local name, said = prefix .. file_name(user.username), nil
+local function leave(user, name, content)
+  local said
   for _, folder in ipairs(folders) do
     local file, problem = io.open(folder .. name, "a")
     if file then
+      file:write(content)
       file:close()
       return
     end
@@ -30,13 +33,18 @@ function dovecot_lua_notify_begin_txn(user)
 end
 
 function dovecot_lua_notify_end_txn(user, success)
-  leave(user, "")
+  leave(user, file_name(user.username), "")
 end
 
 -- Dovecot tells of those changes only for which there is a function.
 local function noted(user, event) end
 local function subscribed(user, event)
-  leave(user, "~")
+  leave(user, "~" .. file_name(user.username), "")
+end
+local function named(user, event)
+  -- No other process has used so much time at this time, and this one names no two folders then.
+  local name = string.format("!%s!%d.%.6f", file_name(user.username), os.time(), os.clock())
+  leave(user, name, (event.mailbox_old or "") .. "\n" .. event.mailbox .. "\n")
 end
 
 dovecot_lua_notify_event_message_new = noted
@@ -46,8 +54,8 @@ dovecot_lua_notify_event_message_read = noted
 dovecot_lua_notify_event_message_trash = noted
 dovecot_lua_notify_event_flags_set = noted
 dovecot_lua_notify_event_flags_clear = noted
-dovecot_lua_notify_event_mailbox_create = noted
+dovecot_lua_notify_event_mailbox_create = named
 dovecot_lua_notify_event_mailbox_delete = noted
-dovecot_lua_notify_event_mailbox_rename = noted
+dovecot_lua_notify_event_mailbox_rename = named
 dovecot_lua_notify_event_mailbox_subscribe = subscribed
 dovecot_lua_notify_event_mailbox_unsubscribe = subscribed

@@ -26,6 +26,7 @@ from pairsync.link import (
     receive,
     send,
 )
+from pairsync.renames import Told
 
 _CONNECT_SECONDS = 2.0
 _ANSWER_SECONDS = 6.0
@@ -60,13 +61,15 @@ class Link:
 class Grant:
     """The peer agrees to a run.
 
-    ``deleted``: Sieve scripts that were deleted there -> version. ``repair``: None, or what both
+    ``deleted``: Sieve scripts that were deleted there -> version. ``told``: of folders that were
+    made and renamed there. ``repair``: None, or what both
     had after the last good run that the peer knows of; then it waits for :mod:`pairsync.repair`.
     ``broken``: as far as it knows, a run broke off since.
     """
 
     link: Link
     deleted: Mapping[str, float]
+    told: Told
     repair: Mapping[str, int] | None
     broken: bool
 
@@ -115,7 +118,13 @@ class Peer:
             wait = min(_RETRY_MAX, wait * 1.5)
 
     async def open_run(
-        self, user: str, silence: float, deleted: Mapping[str, float], *, suspect: bool
+        self,
+        user: str,
+        silence: float,
+        deleted: Mapping[str, float],
+        told: Told,
+        *,
+        suspect: bool,
     ) -> Grant:
         """Ask for a run. Raises :class:`PeerBusy`, :class:`PeerAway`, :class:`LinkError`."""
         request = {
@@ -123,6 +132,7 @@ class Peer:
             "user": user,
             "silence": silence,
             "deleted": dict(deleted),
+            "told": told.document(),
             "suspect": suspect,
         }
         while True:
@@ -141,8 +151,13 @@ class Peer:
             if answer.get("busy"):
                 self._release(link, keep=True)
                 raise PeerBusy
-            deleted = _times(answer.get("deleted"))
-            return Grant(link, deleted, answer.get("repair"), bool(answer.get("broken")))
+            return Grant(
+                link,
+                _times(answer.get("deleted")),
+                Told.of(answer.get("told")),
+                answer.get("repair"),
+                bool(answer.get("broken")),
+            )
 
     def finish(self, grant: Grant, *, clean: bool, well: bool, state: str) -> None:
         """A run has ended, ``well`` or not; a ``clean`` connection is kept for the next.

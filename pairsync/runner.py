@@ -15,6 +15,7 @@ from pairsync.doveadm import Doveadm, DovecotError, Reply
 from pairsync.link import LinkError, Reader, Writer, receive, send
 from pairsync.peer import Grant, Peer, PeerAway, PeerBusy
 from pairsync.relay import LONGEST_SILENCE, Traffic, patience, relay, silence
+from pairsync.renames import Renames
 from pairsync.schedule import Job, Outcome, Turns
 from pairsync.sieve import ScriptError, Scripts
 from pairsync.state import States
@@ -113,6 +114,7 @@ class Runner:
         released: asyncio.Condition,
         states: States,
         scripts: Scripts | None,
+        renames: Renames,
         suspects: set[str],
         settling: set[str],
         rests: Callable[[str], bool],
@@ -125,6 +127,7 @@ class Runner:
         self._released = released
         self._states = states
         self._scripts = scripts
+        self._renames = renames
         self._suspects = suspects
         self._settling = settling
         self._rests = rests
@@ -179,12 +182,14 @@ class Runner:
             seconds = sync.silence if brief else sync.silence_full
             broken = job.user in self._suspects
             suspect = broken or job.user in self._settling
-            grant = await self._peer.open_run(job.user, seconds, deleted, suspect=suspect)
+            told = await self._renames.learn(job.user)
+            grant = await self._peer.open_run(job.user, seconds, deleted, told, suspect=suspect)
             carrier: _Carrier | None = None
             given = ""
             try:
                 self._turns.granted(job.user)
                 await self._delete_scripts(job.user, {**deleted, **grant.deleted})
+                await self._renames.carry_out(job.user, told, grant.told, moves=True)
                 if grant.repair is not None:
                     await self._repair(job.user, grant, broken=broken or grant.broken)
                     state, seconds = "", sync.silence_full
@@ -201,7 +206,9 @@ class Runner:
                     seconds = patience(seconds, traffic.size)
                     return Outcome.STALLED, f"nothing moved for {seconds:.0f} s"
                 outcome, words = self._judge(job, reply, deleted, state, traffic)
-                given = self._states.of(job.user).sync if outcome is Outcome.OK else ""
+                if outcome is Outcome.OK:
+                    given = self._states.of(job.user).sync
+                    self._renames.done(job.user, told)
                 return outcome, words
             finally:
                 well = job.user not in self._suspects

@@ -24,6 +24,7 @@ from pairsync.link import (
 )
 from pairsync.peer import without_delay
 from pairsync.relay import Traffic, relay, silence, take_frame
+from pairsync.renames import NOTHING, Renames, Told
 from pairsync.repair import Common, Plan, all_of, bury, listed, look, mend
 from pairsync.schedule import Turns
 from pairsync.sieve import ScriptError
@@ -77,6 +78,7 @@ class Server:
         turns: Turns,
         released: asyncio.Condition,
         deletions: Deletions,
+        renames: Renames,
         guests: Guests,
     ) -> None:
         self._config = config
@@ -87,6 +89,7 @@ class Server:
         self._turns = turns
         self._released = released
         self._deletions = deletions
+        self._renames = renames
         self._guests = guests
         self._strangers = 0
         self._runs: dict[asyncio.Task[None], str] = {}
@@ -201,26 +204,25 @@ class Server:
         traffic = Traffic()
         well: bool | None = None
         state = ""
+        mine = NOTHING
         try:
-            mine = await self._deletions(user, deleted)
+            gone = await self._deletions(user, deleted)
+            mine = await self._renames.learn(user)
+            theirs = Told.of(request.get("told"))
+            await self._renames.carry_out(user, mine, theirs, moves=False)
+            told = {"deleted": dict(gone), "told": mine.document()}
             local_reader, local = await self._doveadm.connect()
             if self._guests.rests(user):
                 await send(writer, {"busy": True})
                 return True
             if broken or request.get("suspect"):
-                await send(
-                    writer,
-                    {
-                        "repair": self._guests.common(user),
-                        "broken": broken,
-                        "deleted": dict(mine),
-                    },
-                )
+                common = self._guests.common(user)
+                await send(writer, {"repair": common, "broken": broken, **told})
                 await self._repair(reader, writer, user)
                 # A full run follows, whatever was asked for.
                 seconds = max(seconds, self._config.sync.silence_full + _SLACK_SECONDS)
             else:
-                await send(writer, {"go": True, "deleted": dict(mine)})
+                await send(writer, {"go": True, **told})
             async with asyncio.timeout(seconds):
                 first = await take_frame(reader)
             if not first:
@@ -244,6 +246,8 @@ class Server:
         except TimeoutError:
             return False
         finally:
+            if well:
+                self._renames.done(user, mine)
             self._guests.left(user, well=well, state=state)
             if local is not None and traffic.size:
                 local.transport.abort()

@@ -26,6 +26,8 @@ class UserState:
     :param active: what the link to the active script says
     :param deleted: Sieve scripts deleted here, which the peer does not know yet -> time of the
         deleted version's last change
+    :param told: what the hook told of new and renamed folders, and the peer does not know yet
+        (pairsync.renames.Told)
     """
 
     sync: str = ""
@@ -33,6 +35,7 @@ class UserState:
     scripts: dict[str, float] = field(default_factory=dict)
     active: str = ""
     deleted: dict[str, float] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 class States:

@@ -1,0 +1,201 @@
+"""Which folder has which name, where both servers and dsync gave it some."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pairsync.doveadm import Doveadm, DovecotError, Reply
+from pairsync.renames import (
+    NOTHING,
+    Change,
+    Renames,
+    Told,
+    add,
+    latest,
+    next_rename,
+    read,
+    relics,
+)
+from pairsync.state import States
+
+
+def test_a_rename_is_known_by_the_folder() -> None:
+    told, missing = add(NOTHING, [Change("a", "b", 1.0)], {"G": "b"})
+    assert told == Told({"G": ("b", 1.0)}, {"a": ("G", 1.0)}, {"b": 1.0})
+    assert not missing
+
+
+def test_of_renames_one_after_the_other_the_last_counts() -> None:
+    changes = [Change("a", "b", 1.0), Change("x", "y", 2.0), Change("b", "c", 3.0)]
+    told, missing = add(NOTHING, changes, {"G": "c", "X": "y"})
+    assert told.renamed == {"G": ("c", 3.0), "X": ("y", 2.0)}
+    assert told.left == {"a": ("G", 1.0), "b": ("G", 3.0), "x": ("X", 2.0)}
+    assert not missing
+
+
+def test_a_folder_whose_name_dsync_took_back_is_found_by_the_old_one() -> None:
+    told, missing = add(NOTHING, [Change("a", "b", 1.0)], {"G": "a"})
+    assert told.renamed == {"G": ("b", 1.0)}
+    assert not missing
+
+
+def test_a_new_folder_of_the_old_name_is_another_one() -> None:
+    changes = [Change("a", "b", 1.0), Change("", "a", 2.0)]
+    told, missing = add(NOTHING, changes, {"H": "a"})
+    assert told == Told({}, {}, {"b": 1.0, "a": 2.0})
+    assert missing
+
+
+def test_what_is_in_no_list_is_missing() -> None:
+    _, missing = add(Told({"G": ("b", 1.0)}), [], {})
+    assert missing
+    _, missing = add(NOTHING, [Change("a", "b", 1.0)], {"H": "x"})
+    assert missing
+
+
+def test_the_last_name_of_both_servers_counts() -> None:
+    one, other = Told({"G": ("b", 1.0), "X": ("y", 1.0)}), Told({"G": ("c", 2.0)})
+    assert latest(one, other) == latest(other, one) == {"G": "c", "X": "y"}
+
+
+def test_a_name_that_another_folder_has_is_left_alone() -> None:
+    assert next_rename({"G": "a", "H": "b"}, {"G": "b"}) is None
+    assert next_rename({"H": "b"}, {"G": "c"}) is None
+
+
+@given(st.permutations(["a", "b", "c", "d"]))
+def test_folders_exchange_their_names(order: list[str]) -> None:
+    names: dict[str, str] = {f"G{name}": name for name in "abcd"}
+    wanted = dict(zip(names, order, strict=True))
+    for _ in range(2 * len(wanted)):
+        step = next_rename(names, wanted)
+        if step is None:
+            break
+        old, new = step
+        assert new not in names.values()
+        names = {guid: new if name == old else name for guid, name in names.items()}
+    assert names == wanted
+
+
+def test_what_dsync_made_of_an_earlier_name_is_told_from_what_a_user_made() -> None:
+    left = Told(renamed={"G": ("b", 2.0)}, left={"a": ("G", 2.0)})
+    names = {"G": "b", "H": "a"}
+    assert relics(names, left, NOTHING) == relics(names, NOTHING, left) == {"a": "G"}
+    assert relics(names, left, Told(made={"a": 1.0})) == {"a": "G"}
+    assert relics(names, left, Told(made={"a": 3.0})) == {}
+    assert relics({"H": "a"}, left, NOTHING) == {}
+    assert relics({"G": "a"}, left, NOTHING) == {}
+
+
+def test_what_the_peer_is_told_arrives() -> None:
+    told = Told({"G": ("b", 2.5)}, {"a": ("G", 2.5)}, {"b": 2.5})
+    assert Told.of(told.document()) == told
+    assert Told.of(None) == NOTHING
+    assert not NOTHING
+
+
+class Dovecot(Doveadm):
+    """Knows folders by their GUIDs; ``lists`` are what it says one after the other."""
+
+    def __init__(self, *lists: Mapping[str, str]) -> None:
+        super().__init__(Path("/nowhere"))
+        self.lists = [dict(names) for names in lists]
+        self.did: list[tuple[str, ...]] = []
+
+    async def run(self, user: str, *words: str) -> Reply:
+        if words[0] == "mailbox status":
+            names = self.lists.pop(0) if len(self.lists) > 1 else self.lists[0]
+            return Reply("", tuple(v for guid, name in names.items() for v in (name, guid)), "")
+        self.did.append(words)
+        if words[0] == "mailbox rename":
+            (names,) = self.lists
+            guid = next(guid for guid, name in names.items() if name == words[1])
+            names[guid] = words[2]
+        return Reply("", (), "")
+
+
+def made(tmp_path: Path, dovecot: Dovecot) -> Renames:
+    states = States(tmp_path / "users")
+    states.prepare()
+    (tmp_path / "dirty").mkdir(exist_ok=True)
+    return Renames([tmp_path / "dirty", tmp_path / "run"], states, dovecot)
+
+
+def hook(tmp_path: Path, old: str, new: str, at: float) -> str:
+    path = tmp_path / "dirty" / f"!jane%2Fx!{at}"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"{old}\n{new}\n")
+    os.utime(path, (at, at))
+    return path.name
+
+
+def test_what_the_hook_left_is_learned_once_and_kept_until_the_peer_knows(tmp_path: Path) -> None:
+    renames = made(tmp_path, Dovecot({"G": "b"}))
+    assert renames.note("jane") is None
+    assert renames.note(hook(tmp_path, "a", "b", 5.0)) == "jane/x"
+    told = asyncio.run(renames.learn("jane/x"))
+    assert told.renamed == {"G": ("b", 5.0)}
+    assert not list((tmp_path / "dirty").iterdir())
+    again = made(tmp_path, Dovecot({"G": "b"}))
+    assert asyncio.run(again.learn("jane/x")) == told
+    again.done("jane/x", told)
+    assert asyncio.run(again.learn("jane/x")) == NOTHING
+
+
+def test_a_later_rename_is_not_taken_for_told(tmp_path: Path) -> None:
+    renames = made(tmp_path, Dovecot({"G": "b"}, {"G": "c"}))
+    renames.note(hook(tmp_path, "a", "b", 5.0))
+    told = asyncio.run(renames.learn("jane/x"))
+    renames.note(hook(tmp_path, "b", "c", 6.0))
+    asyncio.run(renames.learn("jane/x"))
+    renames.done("jane/x", told)
+    assert asyncio.run(renames.learn("jane/x")).renamed == {"G": ("c", 6.0)}
+
+
+def test_what_was_left_while_nobody_watched_is_found(tmp_path: Path) -> None:
+    renames = made(tmp_path, Dovecot({"G": "b"}))
+    hook(tmp_path, "a", "b", 5.0)
+    renames.scan()
+    assert asyncio.run(renames.learn("jane/x")).renamed == {"G": ("b", 5.0)}
+
+
+def test_a_folder_that_is_in_no_list_for_a_moment_is_looked_for_again(tmp_path: Path) -> None:
+    renames = made(tmp_path, Dovecot({}, {"G": "b"}))
+    renames.note(hook(tmp_path, "a", "b", 5.0))
+    assert asyncio.run(renames.learn("jane/x")).renamed == {"G": ("b", 5.0)}
+
+
+def test_the_inbox_is_never_renamed(tmp_path: Path) -> None:
+    hook(tmp_path, "Inbox", "b", 5.0)
+    hook(tmp_path, "", "c", 6.0)
+    assert read((tmp_path / "dirty").iterdir()) == [Change("", "c", 6.0)]
+
+
+def test_nothing_is_forgotten_when_dovecot_does_not_answer(tmp_path: Path) -> None:
+    class Dead(Dovecot):
+        async def run(self, user: str, *words: str) -> Reply:
+            raise DovecotError("no answer")
+
+    dovecot = Dead({})
+    renames = made(tmp_path, dovecot)
+    renames.note(hook(tmp_path, "a", "b", 5.0))
+    with pytest.raises(DovecotError):
+        asyncio.run(renames.learn("jane/x"))
+    assert list((tmp_path / "dirty").iterdir())
+    renames._doveadm = Dovecot({"G": "b"})
+    assert asyncio.run(renames.learn("jane/x")).renamed == {"G": ("b", 5.0)}
+
+
+def test_both_servers_give_the_last_name(tmp_path: Path) -> None:
+    dovecot = Dovecot({"G": "a", "H": "x"})
+    renames = made(tmp_path, dovecot)
+    mine, theirs = Told({"G": ("b", 1.0)}), Told({"G": ("c", 2.0)})
+    asyncio.run(renames.carry_out("jane", mine, theirs, moves=True))
+    assert dovecot.did == [("mailbox rename", "a", "c")]
