@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -127,6 +130,46 @@ def test_a_folder_deleted_while_dovecot_notifies_is_deleted_there(pair: Pair, us
         folders(server, user, ("delete", "Brief"))
         pair.wait_equal([user], 5)
         assert "Brief" not in server.contents(user)["folders"]
+
+
+def test_a_folder_that_is_renamed_again_and_again_keeps_its_last_name(pair: Pair) -> None:
+    """While runs are on all the time, in both directions."""
+    users = pair.fresh(2)
+    for user in users:
+        pair.a.deliver(user, "first")
+    pair.wait_equal(users)
+    over = threading.Event()
+
+    def disturb(server: Server, user: str) -> None:
+        while not over.wait(0.03):
+            deliver(server, user)
+
+    def rename(server: Server, user: str) -> str:
+        chance, name = random.Random(f"{server.name} {user}"), f"{server.name[0]}0"
+        folders(server, user, ("create", name))
+        with server.imap(user) as imap:
+            imap.append(name, "", "", b"Message-ID: <kept@x>\r\n\r\n")
+            for number in range(1, 9):
+                time.sleep(chance.random() * 1.5)
+                old, name = name, f"{server.name[0]}{number}"
+                # For a moment it may have the name before again.
+                what = f"{old} is there to be renamed"
+                wait_for(what, lambda old=old, name=name: imap.rename(old, name)[0] == "OK")
+        return name
+
+    places = [(server, user) for server in pair.both for user in users]
+    with ThreadPoolExecutor(len(places) * 2) as pool:
+        disturbing = [pool.submit(disturb, *place) for place in places]
+        names = list(pool.map(lambda place: rename(*place), places))
+        over.set()
+        for work in disturbing:
+            work.result()
+    pair.wait_equal(users)
+    for user in users:
+        own = {n for n, (_, of) in zip(names, places, strict=True) if of == user}
+        held = pair.b.contents(user)["folders"]
+        assert set(held) - {"INBOX"} == own
+        assert [len(held[name]) for name in own] == [1, 1]
 
 
 def test_a_rename_and_subscriptions_within_a_second_are_carried(pair: Pair, user: str) -> None:

@@ -162,7 +162,6 @@ class Client:
             assert said[0] == "OK", said
 
     def rename(self) -> None:
-        """Renamed again within a second it may have the earlier name: see the README."""
         with self.server.imap(self.user) as imap:
             folders = self._folders(imap)
             if folders:
