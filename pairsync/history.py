@@ -211,4 +211,13 @@ def _parents(uid: int, lives: Sequence[Mapping[int, Life]], uids: Set[int]) -> s
             if not known[uid].before and not any(uid in other for other in others):
                 # A mail that finds its UID given away gets one that neither server has had.
                 found.update(u for other in others for u in other if u < uid)
+    if not found and all(uid in known for known in lives):
+        # One of the two was given it so, and the other had it from there. A mail beside which it
+        # is there is another one, that a user copied.
+        lower = {u for u in uids if u < uid}
+        found = lower - {u for u in lower for known in lives if _are_there(known, u, uid)}
     return found - {uid} if found <= uids else set()
+
+
+def _are_there(known: Mapping[int, Life], *uids: int) -> bool:
+    return all(uid in known and known[uid].is_there for uid in uids)

@@ -119,6 +119,21 @@ def test_a_mail_that_came_back_from_the_other_server_is_unwanted() -> None:
     assert gone(read([here], [(19, G)]), read([there], [(19, G)])) == {7, 13, 15, 19}
 
 
+def test_a_mail_that_came_back_by_a_second_run_is_unwanted() -> None:
+    """Seen: it came as 3, for 1 was given away there; 3 came back after 1 had been deleted."""
+    here = log(append(1, G), wish(1), done(1, G), append(3, G, DSYNC))
+    there = log(append(3, G, DSYNC))
+    both = [(3, G)]
+    assert gone(read([here], both), read([there], both)) == {1, 3}
+
+
+def test_a_copy_in_the_same_folder_stays_when_the_mail_is_taken_away() -> None:
+    """Both servers have been refilled, so both have it from dsync."""
+    here = log(append(1, G, DSYNC), append(3, G, DSYNC), wish(1), done(1, G))
+    there = log(append(1, G, DSYNC), append(3, G, DSYNC))
+    assert gone(read([here], [(3, G)]), read([there], [(1, G), (3, G)])) == {1}
+
+
 def test_a_mail_that_may_be_another_one_stays() -> None:
     """Seen: one server made 38 and 40 of 33 and 34, the other one of 23, which was taken away."""
     here = log(append(23, G, DSYNC), append(38, G, DSYNC), append(40, G, DSYNC), wish(23, DSYNC))
