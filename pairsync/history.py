@@ -39,6 +39,7 @@ class Life(NamedTuple):
     :param before: the UID that dsync took it from, in this folder; there may be several to choose
         from, and none where it came from the other server
     :param taken: whether somebody deleted it or moved it away, other than dsync
+    :param after: UIDs under which somebody had taken it away before dsync put it there
     """
 
     uid: int
@@ -47,6 +48,7 @@ class Life(NamedTuple):
     before: tuple[int, ...] = ()
     taken: bool = False
     is_there: bool = False
+    after: tuple[int, ...] = ()
 
 
 History = Sequence[Life]
@@ -59,14 +61,16 @@ def read(logs: Sequence[bytes], present: Sequence[Mail], *, copied: bool = False
     ``copied``: only that of mails of which dsync made others.
     """
     guids: dict[int, str] = {}
-    taken: set[int] = set()
+    taken: dict[int, int] = {}
+    added: dict[int, int] = {}
     came: dict[int, int] = {}
     went: dict[int, int] = {}
     here = set(present)
     # dsync copies first, then it deletes what it copied.
     batch, deletes = 0, False
     names_guids = False
-    for kind, body in (record for log in logs for record in _records(log)):
+    records = (record for log in logs for record in _records(log))
+    for place, (kind, body) in enumerate(records):
         what = kind & _TYPE
         if what == _INTRO:
             names_guids = len(body) >= _INTRODUCED.size and _INTRODUCED.unpack_from(body) == _GUIDS
@@ -76,9 +80,9 @@ def read(logs: Sequence[bytes], present: Sequence[Mail], *, copied: bool = False
             uids = [uid for uid, _ in _whole(_NEW, body)]
             for uid in uids:
                 # Where Dovecot repaired the folder after a crash, a UID may come again.
-                taken.discard(uid)
-                for known in (guids, came, went):
+                for known in (guids, came, went, taken):
                     known.pop(uid, None)
+            added.update(dict.fromkeys(uids, place))
             if kind & _DSYNC:
                 batch, deletes = batch + deletes, False
                 came.update(dict.fromkeys(uids, batch))
@@ -89,11 +93,14 @@ def read(logs: Sequence[bytes], present: Sequence[Mail], *, copied: bool = False
                 deletes = True
                 went.update(dict.fromkeys(gone, batch))
             elif not kind & _DONE:
-                taken.update(gone)
+                taken.update(dict.fromkeys(gone, place))
     guids.update(present)
     olds: dict[tuple[int, str], list[int]] = {}
     for old, number in went.items():
         olds.setdefault((number, guids.get(old, _UNKNOWN)), []).append(old)
+    earlier: dict[str, list[int]] = {}
+    for uid in taken:
+        earlier.setdefault(guids.get(uid, _UNKNOWN), []).append(uid)
     found = []
     wanted = {guid for _, guid in olds} if copied else None
     for uid, guid in guids.items():
@@ -104,7 +111,10 @@ def read(logs: Sequence[bytes], present: Sequence[Mail], *, copied: bool = False
         # It may be made of one that nothing more is known of.
         unclear = not before and (number, _UNKNOWN) in olds
         by_dsync = uid in came and not unclear
-        found.append(Life(uid, guid, by_dsync, before, uid in taken, (uid, guid) in here))
+        after: tuple[int, ...] = ()
+        if by_dsync and not before:
+            after = tuple(u for u in earlier.get(guid, ()) if taken[u] < added[uid])
+        found.append(Life(uid, guid, by_dsync, before, uid in taken, (uid, guid) in here, after))
     return found
 
 
@@ -212,12 +222,6 @@ def _parents(uid: int, lives: Sequence[Mapping[int, Life]], uids: Set[int]) -> s
                 # A mail that finds its UID given away gets one that neither server has had.
                 found.update(u for other in others for u in other if u < uid)
     if not found and all(uid in known for known in lives):
-        # One of the two was given it so, and the other had it from there. A mail beside which it
-        # is there is another one, that a user copied.
-        lower = {u for u in uids if u < uid}
-        found = lower - {u for u in lower for known in lives if _are_there(known, u, uid)}
+        # One of the two gave it this one, and the other, which had had it, has it from there.
+        found.update(u for known in lives for u in known[uid].after)
     return found - {uid} if found <= uids else set()
-
-
-def _are_there(known: Mapping[int, Life], *uids: int) -> bool:
-    return all(uid in known and known[uid].is_there for uid in uids)

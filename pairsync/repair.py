@@ -131,8 +131,16 @@ class Mailbox:
         """What the peer sent."""
         histories = {
             str(folder): [
-                Life(int(uid), str(guid), bool(by_dsync), tuple(map(int, before)), *map(bool, more))
-                for uid, guid, by_dsync, before, *more in lives
+                Life(
+                    int(uid),
+                    str(guid),
+                    bool(by_dsync),
+                    tuple(map(int, before)),
+                    bool(taken),
+                    bool(is_there),
+                    tuple(map(int, after)),
+                )
+                for uid, guid, by_dsync, before, taken, is_there, after in lives
             ]
             for folder, lives in document["histories"].items()
         }

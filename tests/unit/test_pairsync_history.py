@@ -127,11 +127,12 @@ def test_a_mail_that_came_back_by_a_second_run_is_unwanted() -> None:
     assert gone(read([here], both), read([there], both)) == {1, 3}
 
 
-def test_a_copy_in_the_same_folder_stays_when_the_mail_is_taken_away() -> None:
-    """Both servers have been refilled, so both have it from dsync."""
-    here = log(append(1, G, DSYNC), append(3, G, DSYNC), wish(1), done(1, G))
-    there = log(append(1, G, DSYNC), append(3, G, DSYNC))
-    assert gone(read([here], [(3, G)]), read([there], [(1, G), (3, G)])) == {1}
+def test_of_a_mail_that_was_there_twice_one_stays_when_the_other_is_taken_away() -> None:
+    """Seen: what a broken run left as 39 and 48 was there as 48 alone then."""
+    here = log(append(39, G), append(48, G, DSYNC), wish(39), done(39, G))
+    there = log(append(48, G, DSYNC))
+    both = [(48, G)]
+    assert gone(read([here], both), read([there], both)) == {39}
 
 
 def test_a_mail_that_may_be_another_one_stays() -> None:
