@@ -110,6 +110,7 @@ class Daemon:
             self._doveadm,
             self._turns,
             self._released,
+            self._states,
             self._deletions,
             self._renames,
             self,

@@ -118,6 +118,14 @@ def read(logs: Sequence[bytes], present: Sequence[Mail], *, copied: bool = False
     return found
 
 
+def spared(history: History, doubles: Set[Mail]) -> History:
+    """The history without the deletions of such mails, which no user has made."""
+    return [
+        life._replace(taken=False) if life.taken and (life.uid, life.guid) in doubles else life
+        for life in history
+    ]
+
+
 def _whole(shape: struct.Struct, body: bytes) -> Iterator[tuple[Any, ...]]:
     return shape.iter_unpack(body[: len(body) // shape.size * shape.size])
 

@@ -29,6 +29,7 @@ from typing import Any
 from pairsync import history, notify
 from pairsync.doveadm import Doveadm, DovecotError
 from pairsync.history import History, Life, Mail
+from pairsync.state import States
 
 Common = dict[str, int]
 """Folder (its GUID) -> highest UID up to which both had the same."""
@@ -103,6 +104,11 @@ class Mailbox:
     histories: Mapping[str, History]
     names: Mapping[str, str] = field(default_factory=dict)
 
+    def here(self, folder: str) -> set[Mail]:
+        """What is in a folder."""
+        lives = self.histories.get(folder, ())
+        return {(life.uid, life.guid) for life in lives if life.is_there}
+
     def moot(self, after: Mapping[str, int]) -> Guids:
         """Mails that may be left out or unwanted: newer than a UID, or taken away.
 
@@ -167,24 +173,29 @@ class Plan:
 
     :param expunge: folder (its GUID) -> mails to delete; most of them are not there any more
     :param renumber: folder (its GUID) -> UIDs of mails to give new ones
+    :param doubles: folder (its GUID) -> mails to delete that are there under another UID as well
     """
 
     expunge: Listing
     renumber: Mapping[str, Sequence[int]]
+    doubles: Listing = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """For the peer."""
-        return {"expunge": self.expunge, "renumber": self.renumber}
+        return {"expunge": self.expunge, "renumber": self.renumber, "doubles": self.doubles}
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Plan:
         """What the peer sent."""
-        expunge = {
-            str(folder): [(int(uid), str(guid)) for uid, guid in mails]
-            for folder, mails in document["expunge"].items()
-        }
+        expunge, doubles = (
+            {
+                str(folder): [(int(uid), str(guid)) for uid, guid in mails]
+                for folder, mails in document[name].items()
+            }
+            for name in ("expunge", "doubles")
+        )
         renumber = {str(f): list(map(int, uids)) for f, uids in document["renumber"].items()}
-        return cls(expunge, renumber)
+        return cls(expunge, renumber, doubles)
 
 
 def plans(
@@ -195,6 +206,7 @@ def plans(
     ``after`` is up to where both had the same, ``broken``: a run broke off since.
     """
     gone: dict[str, list[Mail]] = {}
+    doubles: dict[str, list[Mail]] = {}
     both: Common = {}
     newer: tuple[dict[str, list[Mail]], ...] = ({}, {})
     kept: tuple[dict[str, set[str]], ...] = ({}, {})
@@ -202,13 +214,15 @@ def plans(
         newest = after.get(folder, 0)
         histories = [box.histories.get(folder, ()) for box in (mine, theirs)]
         unwanted = history.unwanted(histories)
+        if unwanted:
+            gone[folder] = sorted(unwanted)
         if broken:
             left = [
                 [life for life in h if (life.uid, life.guid) not in unwanted] for h in histories
             ]
-            unwanted |= history.surplus(left, newest)
-        if unwanted:
-            gone[folder] = sorted(unwanted)
+            if surplus := history.surplus(left, newest):
+                doubles[folder] = sorted(surplus)
+                unwanted |= surplus
         one, other = ({(life.uid, life.guid) for life in lives} for lives in histories)
         both[folder] = max((uid for uid, _ in one & other), default=0)
         for mails, guids, lives in zip(newer, kept, histories, strict=True):
@@ -216,30 +230,38 @@ def plans(
             guids[folder] = {guid for _, guid in places}
             mails[folder] = [(uid, guid) for uid, guid in places if uid > newest]
     return (
-        Plan(gone, holes(newer[0], newer[1], both, kept[1])),
-        Plan(gone, holes(newer[1], newer[0], both, kept[0])),
+        Plan(gone, holes(newer[0], newer[1], both, kept[1]), doubles),
+        Plan(gone, holes(newer[1], newer[0], both, kept[0]), doubles),
     )
 
 
-async def look(doveadm: Doveadm, user: str) -> Mailbox:
+async def look(doveadm: Doveadm, states: States, user: str) -> Mailbox:
     """All mails that are there, and what became of others. Raises :class:`DovecotError`."""
     rows = await _rows(doveadm, user, 3, "fetch", " ".join(_FIELDS), "all")
     # Only then the logs: what is taken away meanwhile is neither in the list nor unexplained.
     names = await _names(doveadm, user)
     paths = await _paths(doveadm, user, names)
-    histories = await asyncio.to_thread(_histories, rows, paths)
+    doubles = states.doubles(user)
+    histories = await asyncio.to_thread(_histories, rows, paths, doubles)
+    told = {f: {(life.uid, life.guid) for life in histories.get(f, ())} for f in doubles}
+    states.note_doubles(user, {folder: doubles[folder] & told[folder] for folder in doubles})
     if names != await _names(doveadm, user):
         # The log of a folder that was renamed meanwhile was not where it was looked for.
         raise DovecotError(f"{user}: folders were renamed while their logs were read")
     return Mailbox(histories, names)
 
 
-def _histories(rows: Sequence[tuple[str, ...]], paths: Mapping[str, Path]) -> dict[str, History]:
+def _histories(
+    rows: Sequence[tuple[str, ...]], paths: Mapping[str, Path], doubles: Mapping[str, Set[Mail]]
+) -> dict[str, History]:
     present: dict[str, list[Mail]] = {}
     for folder, uid, guid in rows:
         present.setdefault(folder, []).append((int(uid), guid))
     return {
-        folder: history.read(_logs(path), present.get(folder, ())) for folder, path in paths.items()
+        folder: history.spared(
+            history.read(_logs(path), present.get(folder, ())), doubles.get(folder, set())
+        )
+        for folder, path in paths.items()
     }
 
 
@@ -280,18 +302,21 @@ async def _rows(doveadm: Doveadm, user: str, width: int, *words: str) -> list[tu
     return list(zip(*columns, strict=False))
 
 
-async def mend(doveadm: Doveadm, user: str, box: Mailbox, plan: Plan) -> int:
+async def mend(doveadm: Doveadm, states: States, user: str, box: Mailbox, plan: Plan) -> int:
     """Carry out a plan here; returns how many mails got new UIDs.
 
     Raises :class:`DovecotError`.
     """
-    for folder, unwanted in plan.expunge.items():
-        lives = box.histories.get(folder, ())
-        here = {(life.uid, life.guid) for life in lives if life.is_there}
-        if gone := here.intersection(unwanted):
-            name, which = box.names[folder], _ranges(uid for uid, _ in gone)
-            await _rows(doveadm, user, 1, "expunge", "mailbox-guid", folder, "uid", which)
-            notify.log(notify.INFO, f"{user}: taken away by the user, in {name}: UIDs {which}")
+    doubles = states.doubles(user)
+    for folder, mails in plan.doubles.items():
+        doubles.setdefault(folder, set()).update(box.here(folder) & set(mails))
+    states.note_doubles(user, doubles)
+    for what, listing in (("taken away by the user", plan.expunge), ("twice", plan.doubles)):
+        for folder, unwanted in listing.items():
+            if gone := box.here(folder).intersection(unwanted):
+                name, which = box.names[folder], _ranges(uid for uid, _ in gone)
+                await _rows(doveadm, user, 1, "expunge", "mailbox-guid", folder, "uid", which)
+                notify.log(notify.INFO, f"{user}: {what}, in {name}: UIDs {which}")
     for folder, uids in plan.renumber.items():
         name, which = box.names[folder], _ranges(uids)
         await _rows(doveadm, user, 1, "move", "--", name, "mailbox-guid", folder, "uid", which)
@@ -308,27 +333,32 @@ def _ranges(uids: Iterable[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}:{run[-1]}" for run in runs)
 
 
-async def bury(doveadm: Doveadm, user: str, since: float) -> None:
+async def bury(doveadm: Doveadm, states: States, user: str, since: float) -> None:
     """Delete what the user took away here while dsync was giving it another UID.
 
     ``since``: when that dsync began, seconds since 1970. Raises :class:`DovecotError`.
     """
     names = await _names(doveadm, user)
     paths = await _paths(doveadm, user, names)
-    for folder, copies in (await asyncio.to_thread(_copies, paths, since)).items():
+    found = await asyncio.to_thread(_copies, paths, since, states.doubles(user))
+    for folder, copies in found.items():
         query = ("mailbox-guid", folder, "uid", _ranges(uid for uid, _ in copies))
         rows = await _rows(doveadm, user, 2, "fetch", "uid guid", *query)
         left = [Life(int(uid), guid, is_there=True) for uid, guid in rows]
-        await mend(doveadm, user, Mailbox({folder: left}, names), Plan({folder: copies}, {}))
+        box = Mailbox({folder: left}, names)
+        await mend(doveadm, states, user, box, Plan({folder: copies}, {}))
 
 
-def _copies(paths: Mapping[str, Path], since: float) -> dict[str, list[Mail]]:
+def _copies(
+    paths: Mapping[str, Path], since: float, doubles: Mapping[str, Set[Mail]]
+) -> dict[str, list[Mail]]:
     """Unwanted copies that dsync made in folders whose logs were written since then."""
     found = {}
     for folder, path in paths.items():
         with contextlib.suppress(OSError):
             if (path / history.LOGS[-1]).stat().st_mtime >= since - _CLOCK_SECONDS:
                 lives = history.read(_logs(path), (), copied=True)
+                lives = history.spared(lives, doubles.get(folder, set()))
                 copied = {(life.uid, life.guid) for life in lives if life.before}
                 if unwanted := history.unwanted([lives]) & copied:
                     found[folder] = sorted(unwanted)

@@ -201,7 +201,7 @@ class Runner:
                 carrier = _Carrier(slot, grant, traffic, seconds)
                 reply = await carrier.sync(self._doveadm, job.user, state)
                 if self._changes(job.user):
-                    await repair.bury(self._doveadm, job.user, began)
+                    await repair.bury(self._doveadm, self._states, job.user, began)
                 if reply is None:
                     seconds = patience(seconds, traffic.size)
                     return Outcome.STALLED, f"nothing moved for {seconds:.0f} s"
@@ -254,7 +254,7 @@ class Runner:
     async def _repair(self, user: str, grant: Grant, *, broken: bool) -> None:
         after = repair.latest(repair.common(self._states.of(user).sync), grant.repair or {})
         await send(grant.link.writer, {"after": after})
-        mine = await repair.look(self._doveadm, user)
+        mine = await repair.look(self._doveadm, self._states, user)
         said = await receive(grant.link.reader, _REPAIR_SECONDS)
         # All of this may be about a hundred thousand mails: the heartbeats go on meanwhile.
         moot = await asyncio.to_thread(lambda: repair.all_of(mine.moot(after), dict(said["moot"])))
@@ -264,7 +264,7 @@ class Runner:
             lambda: repair.plans(mine.only(moot), repair.Mailbox.of(said), after, broken=broken)
         )
         await send(grant.link.writer, for_peer.document())
-        self.renumbered += await repair.mend(self._doveadm, user, mine, plan)
+        self.renumbered += await repair.mend(self._doveadm, self._states, user, mine, plan)
         await receive(grant.link.reader, _REPAIR_SECONDS)
 
     async def _begin(self, user: str) -> bool:

@@ -28,6 +28,7 @@ from pairsync.renames import NOTHING, Renames, Told
 from pairsync.repair import Common, Plan, all_of, bury, listed, look, mend
 from pairsync.schedule import Turns
 from pairsync.sieve import ScriptError
+from pairsync.state import States
 
 _GREETING_SECONDS = 5.0
 _TURN_SECONDS = 2.0
@@ -77,6 +78,7 @@ class Server:
         doveadm: Doveadm,
         turns: Turns,
         released: asyncio.Condition,
+        states: States,
         deletions: Deletions,
         renames: Renames,
         guests: Guests,
@@ -88,6 +90,7 @@ class Server:
         self._doveadm = doveadm
         self._turns = turns
         self._released = released
+        self._states = states
         self._deletions = deletions
         self._renames = renames
         self._guests = guests
@@ -238,7 +241,7 @@ class Server:
             if self._guests.changes(user):
                 # If Dovecot is gone by now, this is done once the user has settled.
                 with contextlib.suppress(DovecotError):
-                    await bury(self._doveadm, user, began)
+                    await bury(self._doveadm, self._states, user, began)
             return clean
         except (DovecotError, ScriptError) as error:
             await send(writer, {"error": f"its Dovecot: {error}"})
@@ -274,13 +277,13 @@ class Server:
 
     async def _repair(self, reader: Reader, writer: Writer, user: str) -> None:
         after = dict((await receive(reader, _REPAIR_SECONDS))["after"])
-        box = await look(self._doveadm, user)
+        box = await look(self._doveadm, self._states, user)
         await send(writer, {"moot": await asyncio.to_thread(lambda: listed(box.moot(after)))})
         moot = (await receive(reader, _REPAIR_SECONDS))["moot"]
         found = await asyncio.to_thread(lambda: box.only(all_of(moot)))
         await send(writer, found.document())
         plan = Plan.of(await receive(reader, _REPAIR_SECONDS))
-        await mend(self._doveadm, user, box, plan)
+        await mend(self._doveadm, self._states, user, box, plan)
         await send(writer, {"go": True})
 
     async def _admit(self, user: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ class UserState:
         deleted version's last change
     :param told: what the hook told of new and renamed folders, and the peer does not know yet
         (pairsync.renames.Told)
+    :param doubles: folder (its GUID) -> UID and GUID of mails that pairsync deleted there, because
+        the folder had them twice; its log tells of that as of a user's deletion
     """
 
     sync: str = ""
@@ -36,6 +38,7 @@ class UserState:
     active: str = ""
     deleted: dict[str, float] = field(default_factory=dict)
     told: dict[str, Any] = field(default_factory=dict)
+    doubles: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
 
 
 class States:
@@ -58,6 +61,20 @@ class States:
         """Write a user's state; with ``sync`` it is on the disk afterwards."""
         text = json.dumps(asdict(self.of(user)), separators=(",", ":"))
         self.problem = _replace(self._folder / file_name(user), text, sync=sync)
+
+    def doubles(self, user: str) -> dict[str, set[tuple[int, str]]]:
+        """Mails that were deleted because their folder had them twice."""
+        return {
+            folder: {(uid, guid) for uid, guid in mails}
+            for folder, mails in self.of(user).doubles.items()
+        }
+
+    def note_doubles(self, user: str, doubles: Mapping[str, Set[tuple[int, str]]]) -> None:
+        """They are on the disk afterwards."""
+        noted = {folder: sorted(mails) for folder, mails in doubles.items() if mails}
+        if noted != self.of(user).doubles:
+            self.of(user).doubles = noted
+            self.save(user, sync=True)
 
     def forget_syncs(self) -> None:
         """One of the servers has another store: nothing that dsync said of it holds."""

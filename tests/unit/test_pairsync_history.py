@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pairsync.history import Life, read, surplus, unwanted
+from pairsync.history import Life, read, spared, surplus, unwanted
 from pairsync.repair import Mailbox, Plan, all_of, listed, plans
 
 G, H = "0a" * 16, "0b" * 16
@@ -187,6 +187,27 @@ def test_mails_that_dsync_did_not_copy_can_be_left_aside() -> None:
     whole = log(append(1, G), append(2, H), append(3, G, DSYNC), wish(1, DSYNC), done(1, G))
     lives = read([whole], [])
     assert read([whole], [], copied=True) == [life for life in lives if life.guid == G]
+
+
+def test_a_mail_of_which_a_double_was_deleted_stays() -> None:
+    """Seen: 116 was one; the log told of it as of a user's deletion, so all others were deleted."""
+    there = (append(116, G, DSYNC), append(119, G, DSYNC), wish(116), done(116, G))
+    here = log(
+        *(append(113, G), append(117, G, DSYNC), wish(113, DSYNC), done(113, G)),
+        *(append(119, G, DSYNC), wish(117, DSYNC), done(117, G)),
+    )
+    mine, theirs = read([here], [(119, G)]), read([log(*there)], [(119, G)])
+    assert gone(mine, spared(theirs, {(116, G)})) == set()
+    # Without the note, or where a user deletes what was left, all of them go.
+    assert 119 in gone(mine, theirs)
+    later = read([log(*there, wish(119), done(119, G))], [])
+    assert 119 in gone(mine, spared(later, {(116, G)}))
+
+
+def test_doubles_are_deleted_as_such() -> None:
+    one, other = plans(box(there(4, G), there(9, G)), box(there(4, G)), broken=True)
+    assert one == other == Plan({}, {}, {"i": [(4, G)]})
+    assert Plan.of(over_the_link(one.document())) == one
 
 
 def test_an_older_log_counts_too() -> None:
