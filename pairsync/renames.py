@@ -144,7 +144,7 @@ class Renames:
             step = next_rename(names, wanted)
             if step is None:
                 break
-            reply = await self._run(user, "mailbox rename", *step)
+            reply = await self._run(user, "mailbox rename", "--", *step)
             if reply.code:
                 notify.log(
                     notify.WARNING, f"{user}: {' is not renamed to '.join(step)}: {reply.log}"
@@ -185,7 +185,7 @@ class Renames:
             target = (await self._names(user))[guid]
             await self._run(user, "move", target, *folder, "uid", ",".join(others))
         # Only if it is empty.
-        reply = await self._run(user, "mailbox delete", "-e", name)
+        reply = await self._run(user, "mailbox delete", "-e", "--", name)
         if not reply.code:
             notify.log(notify.INFO, f"{user}: {name} was made again by a run, and is taken away")
 

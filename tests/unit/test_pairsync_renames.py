@@ -116,8 +116,8 @@ class Dovecot(Doveadm):
         self.did.append(words)
         if words[0] == "mailbox rename":
             (names,) = self.lists
-            guid = next(guid for guid, name in names.items() if name == words[1])
-            names[guid] = words[2]
+            guid = next(guid for guid, name in names.items() if name == words[2])
+            names[guid] = words[3]
         return Reply("", (), "")
 
 
@@ -198,4 +198,4 @@ def test_both_servers_give_the_last_name(tmp_path: Path) -> None:
     renames = made(tmp_path, dovecot)
     mine, theirs = Told({"G": ("b", 1.0)}), Told({"G": ("c", 2.0)})
     asyncio.run(renames.carry_out("jane", mine, theirs, moves=True))
-    assert dovecot.did == [("mailbox rename", "a", "c")]
+    assert dovecot.did == [("mailbox rename", "--", "a", "c")]
