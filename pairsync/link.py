@@ -16,7 +16,8 @@ line. Each proves that it knows the shared secret, without showing it, before it
     server: {"moot": {folder: [guid]}}
     client: {"moot": {folder: [guid]}}, with its own
     server: {"histories": {folder: [[uid, guid, ...]]}} of those
-    client: {"expunge": {folder: [[uid, guid]]}, "renumber": {folder: [uid]}}
+    client: {"expunge": {folder: [[uid, guid]]}, "renumber": {folder: [uid]},
+             "doubles": {folder: [[uid, guid]]}}
     server: {"go": true}
     both:   the bytes of dsync in frames (pairsync.relay), until both have ended
     client: {"well": whether the run ended well, "state": dsync's after it}, then the next "run"
