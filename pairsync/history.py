@@ -230,6 +230,17 @@ def _parents(uid: int, lives: Sequence[Mapping[int, Life]], uids: Set[int]) -> s
                 # A mail that finds its UID given away gets one that neither server has had.
                 found.update(u for other in others for u in other if u < uid)
     if not found and all(uid in known for known in lives):
-        # One of the two gave it this one, and the other, which had had it, has it from there.
-        found.update(u for known in lives for u in known[uid].after)
+        found = _came_back(uid, lives, {u for u in uids if u < uid})
     return found - {uid} if found <= uids else set()
+
+
+def _came_back(uid: int, lives: Sequence[Mapping[int, Life]], lower: set[int]) -> set[int]:
+    """The lower UIDs, where one server gave a mail this one, and the other got it from there.
+
+    That one had it before then, under one of them. None, where a mail was taken away while it was
+    there under this UID too: that was another one.
+    """
+    taken = [{u for u in lower if u in known and known[u].taken} for known in lives]
+    before = [set(known[uid].after) for known in lives]
+    is_so = any(taken) and all(one <= other for one, other in zip(taken, before, strict=True))
+    return lower if is_so else set()

@@ -127,6 +127,19 @@ def test_a_mail_that_came_back_by_a_second_run_is_unwanted() -> None:
     assert gone(read([here], both), read([there], both)) == {1, 3}
 
 
+def test_a_mail_moved_back_stays_where_the_second_of_it_was_deleted_as_a_double() -> None:
+    """Seen: 35 was moved away and back as 50; a broken run left 50 and 61, and 50 was deleted."""
+    here = log(
+        *(append(35, G), wish(35), done(35, G), append(50, G), append(61, G, DSYNC)),
+        *(wish(50), done(50, G)),
+    )
+    there = log(append(35, G, DSYNC), wish(35, DSYNC), done(35, G), append(61, G, DSYNC))
+    both = [(61, G)]
+    assert gone(read([here], both), read([there], both)) == {35, 50}
+    known = [spared(read([here], both), {(50, G)}), read([there], both)]
+    assert {uid for uid, _ in unwanted(known)} == {35}
+
+
 def test_of_a_mail_that_was_there_twice_one_stays_when_the_other_is_taken_away() -> None:
     """Seen: what a broken run left as 39 and 48 was there as 48 alone then."""
     here = log(append(39, G), append(48, G, DSYNC), wish(39), done(39, G))
