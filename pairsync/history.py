@@ -229,7 +229,7 @@ def _parents(uid: int, lives: Sequence[Mapping[int, Life]], uids: Set[int]) -> s
             if not known[uid].before and not any(uid in other for other in others):
                 # A mail that finds its UID given away gets one that neither server has had.
                 found.update(u for other in others for u in other if u < uid)
-    if not found and all(uid in known for known in lives):
+    if not found and len(lives) > 1 and all(uid in known for known in lives):
         found = _came_back(uid, lives, {u for u in uids if u < uid})
     return found - {uid} if found <= uids else set()
 

@@ -127,6 +127,17 @@ def test_a_mail_that_came_back_by_a_second_run_is_unwanted() -> None:
     assert gone(read([here], both), read([there], both)) == {1, 3}
 
 
+def test_a_mail_that_the_other_server_may_have_moved_back_stays() -> None:
+    """Seen: 92 was moved away there and back as 120, and came from there as 129."""
+    here = log(append(92, G, DSYNC), wish(92), done(92, G), append(129, G, DSYNC))
+    there = log(
+        *(append(92, G, DSYNC), wish(92), done(92, G), append(120, G), append(127, G, DSYNC)),
+        *(wish(120, DSYNC), done(120, G)),
+    )
+    assert {uid for uid, _ in unwanted([read([here], [(129, G)])])} == {92}
+    assert gone(read([here], [(129, G)]), read([there], [(127, G)])) == {92}
+
+
 def test_a_mail_moved_back_stays_where_the_second_of_it_was_deleted_as_a_double() -> None:
     """Seen: 35 was moved away and back as 50; a broken run left 50 and 61, and 50 was deleted."""
     here = log(
