@@ -53,6 +53,7 @@ def change(pair: Pair, user: str, kind: str) -> list[float]:
     found = []
     for number in range(_CHANGES):
         pair.wait_quiet()
+        time.sleep(1.1)  # The metrics are written once a second.
         before = pair.a.metric("run_seconds_total"), pair.a.status()["runs"]["ok"]
         if kind == "mail":
             pair.a.deliver(user, f"{user}-more-{number}")
@@ -60,8 +61,8 @@ def change(pair: Pair, user: str, kind: str) -> list[float]:
             with pair.a.imap(user) as imap:
                 imap.select()
                 imap.store(str(number + 1), "+FLAGS", "(\\Flagged)")
-        wait_for("a run", lambda n=before[1]: pair.a.status()["runs"]["ok"] > n)  # type: ignore[misc]
-        time.sleep(1.1)  # The metrics are written once a second.
+        wait_for("a run", lambda n=before[1]: pair.a.status()["runs"]["ok"] > n, 60)  # type: ignore[misc]
+        time.sleep(1.1)
         found.append(pair.a.metric("run_seconds_total") - before[0])
     return found
 
