@@ -483,8 +483,8 @@ def _next_second() -> None:
 # -- BOX-5 --------------------------------------------------------------------------------------
 
 
-# Not beside BOX-3: a folder that goes while a sync carries it breaks the sync off, and of mails
-# that were moved since the last one pairsync cannot tell that they were not left out.
+# Not beside BOX-3, which measures how long changes take: a folder that goes while a sync carries it
+# breaks the sync off.
 @check("BOX-5", quick=True, disturbs=("maildrop",))
 def filters_file_mail(ctx: Context) -> str:
     """A user's script files mail, those before and after it run, and a bad one is refused."""
