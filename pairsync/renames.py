@@ -26,6 +26,7 @@ from pairsync.state import States, UserState
 
 _SIGN = "!"
 _INBOX = "INBOX"
+_NO_USER = "NOUSER"
 _SECONDS = 20.0
 _LOOKS, _PAUSE = 4, 0.05
 """A folder that is just being renamed is in no list."""
@@ -174,9 +175,10 @@ class Renames:
     async def _take_away(self, user: str, name: str, guid: str, *, moves: bool) -> None:
         """Delete a folder that dsync made of an earlier name; what is in it is in ``guid``."""
         folder = ("mailbox", name)
-        rows = await self._rows(user, 2, "fetch", "uid guid", *folder)
-        there = await self._rows(user, 1, "fetch", "guid", "mailbox-guid", guid)
-        known = {row[0] for row in there}
+        here = await self._run(user, "fetch", "uid guid", *folder)
+        there = await self._run(user, "fetch", "guid", "mailbox-guid", guid)
+        known = {mail for (mail,) in _rows(there, 1, f"fetch for {user}")}
+        rows = _rows(here, 2, f"fetch for {user}")
         copies = [uid for uid, mail in rows if mail in known]
         others = [uid for uid, mail in rows if mail not in known]
         if copies:
@@ -190,16 +192,11 @@ class Renames:
             notify.log(notify.INFO, f"{user}: {name} was made again by a run, and is taken away")
 
     async def _names(self, user: str) -> dict[str, str]:
-        """Folder (its GUID) -> its name."""
-        rows = await self._rows(user, 2, "mailbox status", "guid", "*")
-        return {guid: name for name, guid in rows}
-
-    async def _rows(self, user: str, width: int, *words: str) -> list[tuple[str, ...]]:
-        reply = await self._run(user, *words)
-        if reply.code:
-            raise DovecotError(f"doveadm {words[0]} for {user}: {reply.log or reply.code}")
-        whole = len(reply.values) // width * width
-        return [reply.values[at : at + width] for at in range(0, whole, width)]
+        """Folder (its GUID) -> its name; none of a user who is gone, as the run will tell."""
+        reply = await self._run(user, "mailbox status", "guid", "*")
+        if reply.code == _NO_USER:
+            return {}
+        return {guid: name for name, guid in _rows(reply, 2, f"mailbox status for {user}")}
 
     async def _run(self, user: str, *words: str) -> Reply:
         try:
@@ -207,6 +204,13 @@ class Renames:
                 return await self._doveadm.run(user, *words)
         except TimeoutError:
             raise DovecotError(f"doveadm {words[0]} for {user}: no answer") from None
+
+
+def _rows(reply: Reply, width: int, what: str) -> list[tuple[str, ...]]:
+    if reply.code:
+        raise DovecotError(f"doveadm {what}: {reply.log or reply.code}")
+    whole = len(reply.values) // width * width
+    return [reply.values[at : at + width] for at in range(0, whole, width)]
 
 
 def read(files: Iterable[Path]) -> list[Change]:

@@ -193,6 +193,18 @@ def test_nothing_is_forgotten_when_dovecot_does_not_answer(tmp_path: Path) -> No
     assert asyncio.run(renames.learn("jane/x")).renamed == {"G": ("b", 5.0)}
 
 
+def test_a_user_who_is_gone_is_left_to_the_run(tmp_path: Path) -> None:
+    class Gone(Dovecot):
+        async def run(self, user: str, *words: str) -> Reply:
+            return Reply("NOUSER", (), "")
+
+    renames = made(tmp_path, Gone({}))
+    renames.note(hook(tmp_path, "a", "b", 5.0))
+    told = asyncio.run(renames.learn("jane/x"))
+    assert told.renamed == {}
+    asyncio.run(renames.carry_out("jane/x", told, Told({"G": ("b", 1.0)}), moves=True))
+
+
 def test_both_servers_give_the_last_name(tmp_path: Path) -> None:
     dovecot = Dovecot({"G": "a", "H": "x"})
     renames = made(tmp_path, dovecot)
