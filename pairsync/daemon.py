@@ -12,7 +12,7 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pairsync import __version__, inotify, night, notify, repair, status
+from pairsync import __version__, inotify, locks, night, notify, repair, status
 from pairsync.config import Config, ConfigError, read_secret
 from pairsync.control import Control
 from pairsync.doveadm import Doveadm, DovecotError
@@ -156,6 +156,7 @@ class Daemon:
         if self._scripts is not None:
             self._scripts.start()
             loop.add_reader(self._scripts.fileno(), self._scripts.handle_events)
+        await asyncio.to_thread(self._remove_locks)
         await self._runner.start()
         control = Control(self.config.files.run / "control", self)
         await control.start()
@@ -178,6 +179,10 @@ class Daemon:
             notify.tell("STOPPING=1")
             for task in (*tasks, *self._runs):
                 task.cancel()
+
+    def _remove_locks(self) -> None:
+        if removed := locks.remove(self.config.dovecot.homes, locks.booted()):
+            notify.log(notify.INFO, f"{removed} locks of before this boot removed")
 
     # Changes -----------------------------------------------------------------------------------
 

@@ -6,12 +6,14 @@ import asyncio
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pairsync import locks
 from pairsync.config import ConfigError, PassConfig, SieveConfig, load, parse, read_secret
 from pairsync.doveadm import Doveadm, Reply, escape, unescape
 from pairsync.markers import Markers, file_name, user_name
@@ -28,6 +30,27 @@ name = "b"
 certificate = "/c"
 key = "/k"
 """
+
+
+# Locks -----------------------------------------------------------------------------------------
+
+
+def test_locks_of_before_the_boot_are_removed(tmp_path: Path) -> None:
+    for user in ("jane", "john"):
+        (tmp_path / user / "mdbox").mkdir(parents=True)
+    old = tmp_path / "jane/mdbox/subscriptions.lock"
+    new = tmp_path / "john/mdbox/subscriptions.lock"
+    other = tmp_path / "jane/mdbox/subscriptions"
+    for path in (old, new, other):
+        path.touch()
+    booted = locks.booted()
+    os.utime(old, (booted - 1, booted - 1))
+    os.utime(other, (booted - 1, booted - 1))
+    assert 0 < booted < time.time()
+    assert locks.remove(tmp_path, booted) == 1
+    assert not old.exists()
+    assert new.exists()
+    assert other.exists()
 
 
 # Markers ---------------------------------------------------------------------------------------
