@@ -170,7 +170,8 @@ def surplus(histories: Sequence[History], newest: int) -> set[Mail]:
 
     A run that broke off right after dsync had copied mails to give them new UIDs leaves both. None
     of them is missed: they have one GUID, so one content. The last one stays, for that dsync may
-    not have ended yet, and is just about to delete what it has copied.
+    not have ended yet, and is just about to delete what it has copied. But where a user copied a
+    mail into its own folder, so that dsync made at most one of them, all stay.
     """
     found: set[Mail] = set()
     several: set[str] = set()
@@ -181,7 +182,8 @@ def surplus(histories: Sequence[History], newest: int) -> set[Mail]:
                 (several if life.guid in known else known).add(life.guid)
     for guid, lives in _by_guid(histories, several).items():
         uids = {uid for known in lives for uid, life in known.items() if life.is_there}
-        if (kept := max(uids)) > newest:
+        others = {uid for known in lives for uid, life in known.items() if not life.by_dsync}
+        if (kept := max(uids)) > newest and len(uids & others) < 2:
             found.update((uid, guid) for uid in uids - {kept})
     return found
 

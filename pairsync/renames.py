@@ -175,17 +175,18 @@ class Renames:
     async def _take_away(self, user: str, name: str, guid: str, *, moves: bool) -> None:
         """Delete a folder that dsync made of an earlier name; what is in it is in ``guid``."""
         folder = ("mailbox", name)
-        here = await self._run(user, "fetch", "uid guid", *folder)
-        there = await self._run(user, "fetch", "guid", "mailbox-guid", guid)
-        known = {mail for (mail,) in _rows(there, 1, f"fetch for {user}")}
-        rows = _rows(here, 2, f"fetch for {user}")
-        copies = [uid for uid, mail in rows if mail in known]
-        others = [uid for uid, mail in rows if mail not in known]
-        if copies:
-            await self._run(user, "expunge", *folder, "uid", ",".join(copies))
-        if others and moves:
-            target = (await self._names(user))[guid]
-            await self._run(user, "move", target, *folder, "uid", ",".join(others))
+        target = (await self._names(user)).get(guid)
+        if target is not None:
+            here = await self._run(user, "fetch", "uid guid", *folder)
+            there = await self._run(user, "fetch", "guid", "mailbox-guid", guid)
+            known = {mail for (mail,) in _rows(there, 1, f"fetch for {user}")}
+            rows = _rows(here, 2, f"fetch for {user}")
+            copies = [uid for uid, mail in rows if mail in known]
+            others = [uid for uid, mail in rows if mail not in known]
+            if copies:
+                await self._run(user, "expunge", *folder, "uid", ",".join(copies))
+            if others and moves:
+                await self._run(user, "move", "--", target, *folder, "uid", ",".join(others))
         # Only if it is empty.
         reply = await self._run(user, "mailbox delete", "-e", "--", name)
         if not reply.code:
@@ -252,7 +253,6 @@ def add(known: Told, changes: Iterable[Change], names: Mapping[str, str]) -> tup
         else:
             renamed[guid] = (name, last.at)
             left |= {c.old: (guid, c.at) for c in chain if made.get(c.old, 0.0) < c.at}
-    left = {name: before for name, before in left.items() if before[0] in names}
     return Told(renamed, left, made), missing
 
 
@@ -283,12 +283,15 @@ def next_rename(names: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[st
 
 
 def relics(names: Mapping[str, str], one: Told, other: Told) -> dict[str, str]:
-    """Folders here that have a name which nobody gave them: name -> which folder had it before."""
+    """Folders here that have a name which nobody gave them: name -> which folder had it before.
+
+    That one may be gone.
+    """
     found = {}
     for name in {*one.left, *other.left}:
         guid, at = max((t.left[name] for t in (one, other) if name in t.left), key=lambda n: n[1])
         made = max(told.made.get(name, 0.0) for told in (one, other))
         is_there = any(n == name and g != guid for g, n in names.items())
-        if is_there and guid in names and made < at:
+        if is_there and made < at:
             found[name] = guid
     return found

@@ -3,8 +3,8 @@
     python -m tests.rehearsal.imap_mix < plan.json
 
 The plan: ``address`` and ``name`` (that its certificate is for) of the server, ``user``,
-``password``, ``ca`` (PEM), ``clients`` (their numbers), ``seconds``, ``seed``. Prints a JSON
-document: ``commands`` (how many of each succeeded), ``errors`` (what went wrong, in words).
+``password``, ``ca`` (PEM), ``clients`` (their numbers), ``seconds``, ``seed``, ``prefix`` of the
+folders' names. Prints a JSON document: ``commands`` (how many of each succeeded), ``errors`` (what went wrong, in words).
 
 Each session has a folder of its own beside those that all share, so that what another client
 removed is no error. A folder is not renamed twice in a second: two replicas that are kept equal
@@ -64,7 +64,7 @@ class Mix:
     def _new_name(self) -> str:
         self._folders += 1
         self._named = time.monotonic()
-        return f"probe-mix-{self._number}-{self._folders}"
+        return f"{self._plan['prefix']}-{self._number}-{self._folders}"
 
     def _did(self, what: str) -> None:
         self._done[what] += 1
@@ -146,6 +146,8 @@ class Mix:
     def _rename(self, client: IMAPClient) -> None:
         if time.monotonic() < self._named + 1.5:
             return
+        # Dovecot ends a session that renames the folder it is in, replicas or not.
+        client.select_folder("INBOX", readonly=True)
         before, self._own = self._own, self._new_name()
         client.rename_folder(before, self._own)
 

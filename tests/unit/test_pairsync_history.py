@@ -228,8 +228,15 @@ def test_a_mail_of_which_a_double_was_deleted_stays() -> None:
     assert 119 in gone(mine, spared(later, {(116, G)}))
 
 
+def test_what_a_user_copied_into_the_same_folder_is_no_double() -> None:
+    here = read([log(append(4, G), append(9, G))], [(4, G), (9, G)])
+    there = read([log(append(4, G, DSYNC), append(9, G, DSYNC))], [(4, G), (9, G)])
+    assert surplus([here, there], 0) == set()
+
+
 def test_doubles_are_deleted_as_such() -> None:
-    one, other = plans(box(there(4, G), there(9, G)), box(there(4, G)), broken=True)
+    copy = Life(9, G, by_dsync=True, is_there=True)
+    one, other = plans(box(there(4, G), copy), box(there(4, G)), broken=True)
     assert one == other == Plan({}, {}, {"i": [(4, G)]})
     assert Plan.of(over_the_link(one.document())) == one
 

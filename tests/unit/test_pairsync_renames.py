@@ -90,7 +90,7 @@ def test_what_dsync_made_of_an_earlier_name_is_told_from_what_a_user_made() -> N
     assert relics(names, left, NOTHING) == relics(names, NOTHING, left) == {"a": "G"}
     assert relics(names, left, Told(made={"a": 1.0})) == {"a": "G"}
     assert relics(names, left, Told(made={"a": 3.0})) == {}
-    assert relics({"H": "a"}, left, NOTHING) == {}
+    assert relics({"H": "a"}, left, NOTHING) == {"a": "G"}
     assert relics({"G": "a"}, left, NOTHING) == {}
 
 
