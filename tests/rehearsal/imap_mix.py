@@ -4,7 +4,8 @@
 
 The plan: ``address`` and ``name`` (that its certificate is for) of the server, ``user``,
 ``password``, ``ca`` (PEM), ``clients`` (their numbers), ``seconds``, ``seed``, ``prefix`` of the
-folders' names. Prints a JSON document: ``commands`` (how many of each succeeded), ``errors`` (what went wrong, in words).
+folders' names. Prints a JSON document: ``commands`` (how many of each succeeded), ``errors`` (what
+went wrong, in words).
 
 Each session has a folder of its own beside those that all share, so that what another client
 removed is no error. A folder is not renamed twice in a second: two replicas that are kept equal
@@ -57,7 +58,7 @@ class Mix:
             step = self._random.choice(self._steps)
             step(self, client)
             self._did(step.__name__.lstrip("_"))
-        client.unselect_folder()
+        client.select_folder("INBOX", readonly=True)
         client.delete_folder(self._own)
         self._did("delete")
 
