@@ -26,8 +26,10 @@ from collections.abc import Callable
 from typing import Any
 
 from imapclient import IMAPClient
+from imapclient.exceptions import IMAPClientError
 
 PORT = 993
+_PATIENCE = 10.0
 _MAIL = "From: x@probe.invalid\r\nSubject: {}\r\nMessage-ID: <{}@probe.invalid>\r\n\r\n{}\r\n"
 
 
@@ -50,7 +52,7 @@ class Mix:
 
     def _session(self, client: IMAPClient, until: float) -> None:
         self._own = self._new_name()
-        client.create_folder(self._own)
+        self._until_there(client, lambda: client.create_folder(self._own))
         self._did("create")
         for _ in range(self._random.randrange(20, 60)):
             if time.monotonic() > until:
@@ -61,6 +63,23 @@ class Mix:
         client.select_folder("INBOX", readonly=True)
         client.delete_folder(self._own)
         self._did("delete")
+
+    def _until_there(self, client: IMAPClient, make: Callable[[], object]) -> None:
+        """Have a folder made or renamed.
+
+        One Dovecot alone refuses a few of such commands when several sessions give them at once,
+        and during a sync a folder may have the name before for a moment.
+        """
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                make()
+                return
+            except IMAPClientError:
+                if client.folder_exists(self._own):
+                    return
+                if time.monotonic() > until:
+                    raise
 
     def _new_name(self) -> str:
         self._folders += 1
@@ -150,7 +169,7 @@ class Mix:
         # Dovecot ends a session that renames the folder it is in, replicas or not.
         client.select_folder("INBOX", readonly=True)
         before, self._own = self._own, self._new_name()
-        client.rename_folder(before, self._own)
+        self._until_there(client, lambda: client.rename_folder(before, self._own))
 
     def _subscribe(self, client: IMAPClient) -> None:
         client.subscribe_folder(self._own)
