@@ -4,8 +4,8 @@
 -- the first change, it takes no space, and closing it wakes the daemon each time.
 -- A disk that takes no new file must not keep mail out: then the marker goes to /run.
 -- A change of subscriptions leaves one more before it, with ~ in front: see markers.py. A new
--- folder and a rename leave one with ! in front, which has the old name, if any, and the new one
--- in it, a line each: see renames.py.
+-- folder, a rename and a deletion leave one with ! in front, which has the old name and the new one
+-- in it, a line each, where there are both: see renames.py.
 
 local folders = { "/var/lib/pairsync/dirty/", "/run/pairsync/dirty/" }
 
@@ -46,6 +46,9 @@ local function named(user, event)
   local name = string.format("!%s!%d.%.6f", file_name(user.username), os.time(), os.clock())
   leave(user, name, (event.mailbox_old or "") .. "\n" .. event.mailbox .. "\n")
 end
+local function deleted(user, event)
+  named(user, { mailbox_old = event.mailbox, mailbox = "" })
+end
 
 dovecot_lua_notify_event_message_new = noted
 dovecot_lua_notify_event_message_append = noted
@@ -55,7 +58,7 @@ dovecot_lua_notify_event_message_trash = noted
 dovecot_lua_notify_event_flags_set = noted
 dovecot_lua_notify_event_flags_clear = noted
 dovecot_lua_notify_event_mailbox_create = named
-dovecot_lua_notify_event_mailbox_delete = noted
+dovecot_lua_notify_event_mailbox_delete = deleted
 dovecot_lua_notify_event_mailbox_rename = named
 dovecot_lua_notify_event_mailbox_subscribe = subscribed
 dovecot_lua_notify_event_mailbox_unsubscribe = subscribed

@@ -1,10 +1,11 @@
-"""Folders that users renamed: told to the peer before each run, so that dsync finds equal names.
+"""Folders that users renamed or deleted: told to the peer before each run.
 
 dsync knows the second of a rename, and takes its own for a user's. So of two names it may take the
 older one: where a folder is renamed within the second in which an earlier name was carried, or
-while a run is on. And where one is renamed under its hands, it may make the old name again.
-Dovecot's hook (notify.lua) therefore leaves a file for each rename and each new folder, with the
-names, whose time is that of the change. The daemon finds out which folder it was, by its GUID, and
+while a run is on. And where one is renamed or deleted under its hands, or on one server before it
+is made on the other, it may make the old name again. Dovecot's hook (notify.lua) therefore leaves a
+file for each rename, each deletion and each new folder, with the names, whose time is that of the
+change. The daemon finds out which folder it was, by its GUID, and
 remembers it until a run that began afterwards has ended well. Before each run both servers give
 such folders the name that was given last, and take away what only dsync made of the names before.
 """
@@ -37,7 +38,9 @@ Named = tuple[str, float]
 
 @dataclass(frozen=True)
 class Change:
-    """What the hook tells of: ``old`` is empty where a folder was made."""
+    """What the hook tells of: ``old`` is empty where a folder was made, ``new`` where one was
+    deleted.
+    """
 
     old: str
     new: str
@@ -49,7 +52,8 @@ class Told:
     """What the peer does not know yet of a user's folders on one server.
 
     :param renamed: folder (its GUID) -> its name, and when it was given that
-    :param left: name that a folder had before -> that folder, and when it was renamed
+    :param left: name that a folder had before -> that folder, and when it was renamed; or that of a
+        deleted folder -> an empty text, and when
     :param made: name that a user gave, to a new folder or an old one -> when
     """
 
@@ -173,7 +177,10 @@ class Renames:
             self._states.save(user, sync=bool(document))
 
     async def _take_away(self, user: str, name: str, guid: str, *, moves: bool) -> None:
-        """Delete a folder that dsync made of an earlier name; what is in it is in ``guid``."""
+        """Delete a folder that dsync made of an earlier name; what is in it is in ``guid``.
+
+        Where that is gone, or was deleted, it is deleted if it is empty.
+        """
         folder = ("mailbox", name)
         target = (await self._names(user)).get(guid)
         if target is not None:
@@ -237,11 +244,16 @@ def add(known: Told, changes: Iterable[Change], names: Mapping[str, str]) -> tup
     left, made = dict(known.left), dict(known.made)
     chains: dict[str, list[Change]] = {}
     for change in changes:
+        before = chains.pop(change.old, [])
+        if change.old:
+            made.pop(change.old, None)
+        if not change.new:
+            left |= {c.old: ("", change.at) for c in (*before, change)}
+            continue
         left.pop(change.new, None)
         made[change.new] = change.at
         if change.old:
-            made.pop(change.old, None)
-            chains[change.new] = [*chains.pop(change.old, []), change]
+            chains[change.new] = [*before, change]
     for name, chain in chains.items():
         first, last = chain[0], chain[-1]
         guid = guids.get(name)

@@ -94,6 +94,23 @@ def test_what_dsync_made_of_an_earlier_name_is_told_from_what_a_user_made() -> N
     assert relics({"G": "a"}, left, NOTHING) == {}
 
 
+def test_a_deleted_folder_that_is_there_again_was_made_by_dsync() -> None:
+    told, missing = add(NOTHING, [Change("", "a", 1.0), Change("a", "", 2.0)], {})
+    assert told == Told({}, {"a": ("", 2.0)}, {})
+    assert not missing
+    assert relics({"G": "a"}, told, NOTHING) == {"a": ""}
+    assert relics({"G": "a"}, NOTHING, told) == {"a": ""}
+    assert relics({"G": "a"}, told, Told(made={"a": 3.0})) == {}
+    again, _ = add(told, [Change("", "a", 3.0)], {"G": "a"})
+    assert again == Told({}, {}, {"a": 3.0})
+
+
+def test_a_renamed_folder_that_is_deleted_is_not_missed() -> None:
+    told, missing = add(NOTHING, [Change("a", "b", 1.0), Change("b", "", 2.0)], {})
+    assert told == Told({}, {"a": ("", 2.0), "b": ("", 2.0)}, {})
+    assert not missing
+
+
 def test_what_the_peer_is_told_arrives() -> None:
     told = Told({"G": ("b", 2.5)}, {"a": ("G", 2.5)}, {"b": 2.5})
     assert Told.of(told.document()) == told
