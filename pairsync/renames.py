@@ -197,7 +197,7 @@ class Renames:
         # Only if it is empty.
         reply = await self._run(user, "mailbox delete", "-e", "--", name)
         if not reply.code:
-            notify.log(notify.INFO, f"{user}: {name} was made again by a run, and is taken away")
+            notify.log(notify.INFO, f"{user}: {name} is taken away: a user renamed or deleted it")
 
     async def _names(self, user: str) -> dict[str, str]:
         """Folder (its GUID) -> its name; none of a user who is gone, as the run will tell."""

@@ -160,8 +160,10 @@ def test_a_folder_that_is_renamed_again_and_again_keeps_its_last_name(pair: Pair
     places = [(server, user) for server in pair.both for user in users]
     with ThreadPoolExecutor(len(places) * 2) as pool:
         disturbing = [pool.submit(disturb, *place) for place in places]
-        names = list(pool.map(lambda place: rename(*place), places))
-        over.set()
+        try:
+            names = list(pool.map(lambda place: rename(*place), places))
+        finally:
+            over.set()
         for work in disturbing:
             work.result()
     pair.wait_equal(users)
