@@ -157,6 +157,8 @@ class Renames:
                 break
             names = await self._names(user)
         for name, guid in relics(names, mine, theirs).items():
+            if user in self._files:
+                return  # It may have just been made by the user; the next run knows.
             await self._take_away(user, name, guid, moves=moves)
 
     def done(self, user: str, told: Told) -> None:

@@ -222,6 +222,17 @@ def test_a_user_who_is_gone_is_left_to_the_run(tmp_path: Path) -> None:
     asyncio.run(renames.carry_out("jane/x", told, Told({"G": ("b", 1.0)}), moves=True))
 
 
+def test_nothing_is_taken_away_while_there_is_news(tmp_path: Path) -> None:
+    left = Told(left={"a": ("", 2.0)})
+    dovecot = Dovecot({"G": "a"})
+    renames = made(tmp_path, dovecot)
+    renames.note(hook(tmp_path, "", "a", 5.0))
+    asyncio.run(renames.carry_out("jane/x", left, NOTHING, moves=True))
+    assert dovecot.did == []
+    asyncio.run(renames.carry_out("jane", left, NOTHING, moves=True))
+    assert dovecot.did == [("mailbox delete", "-e", "--", "a")]
+
+
 def test_both_servers_give_the_last_name(tmp_path: Path) -> None:
     dovecot = Dovecot({"G": "a", "H": "x"})
     renames = made(tmp_path, dovecot)
