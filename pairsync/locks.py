@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
 
 _LOCK = "subscriptions.lock"
@@ -16,10 +17,9 @@ _LOCK = "subscriptions.lock"
 
 def booted() -> float:
     """When this machine, or container, was started; seconds since 1970."""
-    rows = Path("/proc/stat").read_text(encoding="ascii").splitlines()
-    kernel = next(int(row.split()[1]) for row in rows if row.startswith("btime "))
+    up = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
     init = Path("/proc/1/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return kernel + int(init[19]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - up + int(init[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def remove(homes: Path, before: float) -> int:
