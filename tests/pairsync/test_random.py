@@ -307,9 +307,10 @@ def test_both_hold_the_same_when_it_is_over(pair: Pair, seed: int) -> None:
 
 
 @pytest.mark.xfail(
-    raises=TimeoutError,
+    raises=(TimeoutError, IMAP4.abort),
     strict=False,
-    reason="a client may wait for a lock that its server left when it lost its power",
+    reason="a client may wait for a lock that its server left when it lost its power, or be told to"
+    " log in again when its folder was repaired",
 )
 @pytest.mark.parametrize("seed", SEEDS)
 def test_both_hold_the_same_when_plugs_were_pulled(pair: Pair, seed: int) -> None:
