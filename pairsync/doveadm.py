@@ -28,6 +28,10 @@ class DovecotError(Exception):
     """Dovecot's doveadm service does not answer as it should."""
 
 
+class NoUser(DovecotError):
+    """Dovecot knows no such user."""
+
+
 @dataclass(frozen=True)
 class Reply:
     """``code``: doveadm's name of the exit code, empty for success. ``log``: its errors."""
@@ -89,6 +93,20 @@ class Doveadm:
             raise DovecotError(f"{self.socket}: the connection broke off") from error
         finally:
             writer.transport.abort()
+
+    async def rows(self, user: str, width: int, *words: str) -> list[tuple[str, ...]]:
+        """What a command for a user tells, ``width`` values a row. Raises :class:`DovecotError`."""
+        reply = await self.run(user, *words)
+        if reply.code:
+            error = NoUser if reply.code == "NOUSER" else DovecotError
+            raise error(f"doveadm {words[0]} for {user}: {reply.log or reply.code}")
+        columns = [reply.values[at::width] for at in range(width)]
+        return list(zip(*columns, strict=False))
+
+    async def folders(self, user: str) -> dict[str, str]:
+        """Folder (its GUID) -> its name. Raises :class:`DovecotError`."""
+        rows = await self.rows(user, 2, "mailbox status", "guid", "*")
+        return {folder: name for name, folder in rows}
 
     async def users(self) -> list[str]:
         """Every user that Dovecot knows."""

@@ -8,10 +8,12 @@ line. Each proves that it knows the shared secret, without showing it, before it
     server: {"proof": HMAC("server" N M), "name": ..., "boot": ..., "store": ...}
     client: {"do": "watch"} and then {"ping": i} again and again, each answered; or
             {"do": "run", "user": ..., "silence": seconds, "deleted": {script: version},
+             "told": of folders made, renamed and deleted (pairsync.renames.Told),
              "suspect": whether to compare first}
-    server: {"go": true, "deleted": {...}}, or {"busy": true}, or,
+    server: {"go": true, "deleted": {...}, "told": {...}}, or {"busy": true}, or,
             where one of the two suspects that mails were left out (pairsync.repair),
-            {"repair": {folder: uid}, "broken": whether a run broke off, "deleted": {...}}
+            {"repair": {folder: uid}, "broken": whether a run broke off, "deleted": {...},
+             "told": {...}}
     client: {"after": {folder: uid}}
     server: {"moot": {folder: [guid]}}
     client: {"moot": {folder: [guid]}}, with its own
@@ -38,6 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pairsync import locks
 from pairsync.config import TlsConfig
 
 PROTOCOL = 2
@@ -189,8 +192,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 def boot_id() -> str:
     """What changes with every boot, of a container too: its first process began at another time."""
     kernel = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    init = Path("/proc/1/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return f"{kernel}.{init[19]}"
+    return f"{kernel}.{locks.init_began()}"
 
 
 def folder_id(folder: Path) -> str:

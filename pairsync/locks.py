@@ -15,11 +15,16 @@ from pathlib import Path
 _LOCK = "subscriptions.lock"
 
 
+def init_began() -> int:
+    """When the first process began, in clock ticks since the kernel was booted (proc(5))."""
+    stat = Path("/proc/1/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return int(stat[19])
+
+
 def booted() -> float:
     """When this machine, or container, was started; seconds since 1970."""
     up = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
-    init = Path("/proc/1/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return time.time() - up + int(init[19]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - up + init_began() / os.sysconf("SC_CLK_TCK")
 
 
 def remove(homes: Path, before: float) -> int:

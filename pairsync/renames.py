@@ -5,9 +5,9 @@ older one: where a folder is renamed within the second in which an earlier name 
 while a run is on. And where one is renamed or deleted under its hands, or on one server before it
 is made on the other, it may make the old name again. Dovecot's hook (notify.lua) therefore leaves a
 file for each rename, each deletion and each new folder, with the names, whose time is that of the
-change. The daemon finds out which folder it was, by its GUID, and
-remembers it until a run that began afterwards has ended well. Before each run both servers give
-such folders the name that was given last, and take away what only dsync made of the names before.
+change. The daemon finds out which folder it was, by its GUID, and remembers it until a run that
+began afterwards has ended well. Before each run both servers give such folders the name that was
+given last, and take away what only dsync made of the names before.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pairsync import notify
-from pairsync.doveadm import Doveadm, DovecotError, Reply
+from pairsync.doveadm import Doveadm, DovecotError, NoUser, Reply
 from pairsync.markers import user_name
 from pairsync.state import States, UserState
 
+T = TypeVar("T")
+
 _SIGN = "!"
 _INBOX = "INBOX"
-_NO_USER = "NOUSER"
 _SECONDS = 20.0
 _LOOKS, _PAUSE = 4, 0.05
 """A folder that is just being renamed is in no list."""
@@ -159,7 +160,7 @@ class Renames:
         for name, guid in relics(names, mine, theirs).items():
             if user in self._files:
                 return  # It may have just been made by the user; the next run knows.
-            await self._take_away(user, name, guid, moves=moves)
+            await self._take_away(user, name, guid, names.get(guid), moves=moves)
 
     def done(self, user: str, told: Told) -> None:
         """The peer knows ``told``."""
@@ -178,18 +179,19 @@ class Renames:
             state.told = document
             self._states.save(user, sync=bool(document))
 
-    async def _take_away(self, user: str, name: str, guid: str, *, moves: bool) -> None:
+    async def _take_away(
+        self, user: str, name: str, guid: str, target: str | None, *, moves: bool
+    ) -> None:
         """Delete a folder that dsync made of an earlier name; what is in it is in ``guid``.
 
-        Where that is gone, or was deleted, it is deleted if it is empty.
+        ``target``: the name of that one. Where it is gone, or was deleted, the folder is deleted if
+        it is empty.
         """
         folder = ("mailbox", name)
-        target = (await self._names(user)).get(guid)
         if target is not None:
-            here = await self._run(user, "fetch", "uid guid", *folder)
-            there = await self._run(user, "fetch", "guid", "mailbox-guid", guid)
-            known = {mail for (mail,) in _rows(there, 1, f"fetch for {user}")}
-            rows = _rows(here, 2, f"fetch for {user}")
+            rows = await self._rows(user, 2, "fetch", "uid guid", *folder)
+            there = await self._rows(user, 1, "fetch", "guid", "mailbox-guid", guid)
+            known = {mail for (mail,) in there}
             copies = [uid for uid, mail in rows if mail in known]
             others = [uid for uid, mail in rows if mail not in known]
             if copies:
@@ -203,24 +205,24 @@ class Renames:
 
     async def _names(self, user: str) -> dict[str, str]:
         """Folder (its GUID) -> its name; none of a user who is gone, as the run will tell."""
-        reply = await self._run(user, "mailbox status", "guid", "*")
-        if reply.code == _NO_USER:
+        try:
+            return await _limited(user, self._doveadm.folders(user))
+        except NoUser:
             return {}
-        return {guid: name for name, guid in _rows(reply, 2, f"mailbox status for {user}")}
+
+    async def _rows(self, user: str, width: int, *words: str) -> list[tuple[str, ...]]:
+        return await _limited(user, self._doveadm.rows(user, width, *words))
 
     async def _run(self, user: str, *words: str) -> Reply:
-        try:
-            async with asyncio.timeout(_SECONDS):
-                return await self._doveadm.run(user, *words)
-        except TimeoutError:
-            raise DovecotError(f"doveadm {words[0]} for {user}: no answer") from None
+        return await _limited(user, self._doveadm.run(user, *words))
 
 
-def _rows(reply: Reply, width: int, what: str) -> list[tuple[str, ...]]:
-    if reply.code:
-        raise DovecotError(f"doveadm {what}: {reply.log or reply.code}")
-    whole = len(reply.values) // width * width
-    return [reply.values[at : at + width] for at in range(0, whole, width)]
+async def _limited(user: str, work: Awaitable[T]) -> T:
+    try:
+        async with asyncio.timeout(_SECONDS):
+            return await work
+    except TimeoutError:
+        raise DovecotError(f"doveadm for {user}: no answer") from None
 
 
 def read(files: Iterable[Path]) -> list[Change]:

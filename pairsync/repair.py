@@ -237,15 +237,15 @@ def plans(
 
 async def look(doveadm: Doveadm, states: States, user: str) -> Mailbox:
     """All mails that are there, and what became of others. Raises :class:`DovecotError`."""
-    rows = await _rows(doveadm, user, 3, "fetch", " ".join(_FIELDS), "all")
+    rows = await doveadm.rows(user, 3, "fetch", " ".join(_FIELDS), "all")
     # Only then the logs: what is taken away meanwhile is neither in the list nor unexplained.
-    names = await _names(doveadm, user)
+    names = await doveadm.folders(user)
     paths = await _paths(doveadm, user, names)
     doubles = states.doubles(user)
     histories = await asyncio.to_thread(_histories, rows, paths, doubles)
     told = {f: {(life.uid, life.guid) for life in histories.get(f, ())} for f in doubles}
     states.note_doubles(user, {folder: doubles[folder] & told[folder] for folder in doubles})
-    if names != await _names(doveadm, user):
+    if names != await doveadm.folders(user):
         # The log of a folder that was renamed meanwhile was not where it was looked for.
         raise DovecotError(f"{user}: folders were renamed while their logs were read")
     return Mailbox(histories, names)
@@ -265,12 +265,6 @@ def _histories(
     }
 
 
-async def _names(doveadm: Doveadm, user: str) -> dict[str, str]:
-    """Folder (its GUID) -> its name."""
-    rows = await _rows(doveadm, user, 2, "mailbox status", "guid", "*")
-    return {folder: name for name, folder in rows}
-
-
 async def _paths(doveadm: Doveadm, user: str, names: Mapping[str, str]) -> dict[str, Path]:
     """Folder (its GUID) -> where its logs are.
 
@@ -279,7 +273,7 @@ async def _paths(doveadm: Doveadm, user: str, names: Mapping[str, str]) -> dict[
     known = doveadm.paths
     for folder, name in names.items():
         if (user, folder, name) not in known:
-            rows = await _rows(doveadm, user, 1, "mailbox path", "-t", "index", "--", name)
+            rows = await doveadm.rows(user, 1, "mailbox path", "-t", "index", "--", name)
             if len(known) >= _PATHS:
                 known.clear()
             known[user, folder, name] = Path(rows[0][0])
@@ -292,14 +286,6 @@ def _logs(path: Path) -> list[bytes]:
         with contextlib.suppress(OSError):
             found.append((path / log).read_bytes())
     return found
-
-
-async def _rows(doveadm: Doveadm, user: str, width: int, *words: str) -> list[tuple[str, ...]]:
-    reply = await doveadm.run(user, *words)
-    if reply.code:
-        raise DovecotError(f"doveadm {words[0]} for {user}: {reply.log or reply.code}")
-    columns = [reply.values[at::width] for at in range(width)]
-    return list(zip(*columns, strict=False))
 
 
 async def mend(doveadm: Doveadm, states: States, user: str, box: Mailbox, plan: Plan) -> int:
@@ -315,11 +301,11 @@ async def mend(doveadm: Doveadm, states: States, user: str, box: Mailbox, plan: 
         for folder, unwanted in listing.items():
             if gone := box.here(folder).intersection(unwanted):
                 name, which = box.names[folder], _ranges(uid for uid, _ in gone)
-                await _rows(doveadm, user, 1, "expunge", "mailbox-guid", folder, "uid", which)
+                await doveadm.rows(user, 1, "expunge", "mailbox-guid", folder, "uid", which)
                 notify.log(notify.INFO, f"{user}: {what}, in {name}: UIDs {which}")
     for folder, uids in plan.renumber.items():
         name, which = box.names[folder], _ranges(uids)
-        await _rows(doveadm, user, 1, "move", "--", name, "mailbox-guid", folder, "uid", which)
+        await doveadm.rows(user, 1, "move", "--", name, "mailbox-guid", folder, "uid", which)
         notify.log(notify.INFO, f"{user}: left out by a broken run, in {name}: UIDs {which}")
     return sum(map(len, plan.renumber.values()))
 
@@ -338,12 +324,12 @@ async def bury(doveadm: Doveadm, states: States, user: str, since: float) -> Non
 
     ``since``: when that dsync began, seconds since 1970. Raises :class:`DovecotError`.
     """
-    names = await _names(doveadm, user)
+    names = await doveadm.folders(user)
     paths = await _paths(doveadm, user, names)
     found = await asyncio.to_thread(_copies, paths, since, states.doubles(user))
     for folder, copies in found.items():
         query = ("mailbox-guid", folder, "uid", _ranges(uid for uid, _ in copies))
-        rows = await _rows(doveadm, user, 2, "fetch", "uid guid", *query)
+        rows = await doveadm.rows(user, 2, "fetch", "uid guid", *query)
         left = [Life(int(uid), guid, is_there=True) for uid, guid in rows]
         box = Mailbox({folder: left}, names)
         await mend(doveadm, states, user, box, Plan({folder: copies}, {}))

@@ -250,18 +250,20 @@ def test_whatever_a_log_holds_the_mails_that_are_there_are_known(content: bytes)
     assert (1, G) in [(life.uid, life.guid) for life in read([log() + content], [(1, G)])]
 
 
-_LIVES = st.lists(
-    st.builds(
+def _lives(guids: str, size: int, **more: st.SearchStrategy[bool]) -> st.SearchStrategy[list[Life]]:
+    life = st.builds(
         Life,
         uid=st.integers(1, 9),
-        guid=st.sampled_from("gh"),
+        guid=st.sampled_from(guids),
         by_dsync=st.booleans(),
         before=st.lists(st.integers(1, 9), max_size=2).map(tuple),
         taken=st.booleans(),
-    ),
-    unique_by=lambda life: life.uid,
-    max_size=6,
-)
+        **more,
+    )
+    return st.lists(life, unique_by=lambda life: life.uid, max_size=size)
+
+
+_LIVES = _lives("gh", 6)
 
 
 @given(_LIVES, _LIVES)
@@ -305,19 +307,7 @@ def over_the_link(document: object) -> Any:
     return json.loads(json.dumps(document))
 
 
-_BOXES = st.lists(
-    st.builds(
-        Life,
-        uid=st.integers(1, 9),
-        guid=st.sampled_from("ghij"),
-        by_dsync=st.booleans(),
-        before=st.lists(st.integers(1, 9), max_size=2).map(tuple),
-        taken=st.booleans(),
-        is_there=st.booleans(),
-    ),
-    unique_by=lambda life: life.uid,
-    max_size=9,
-).map(lambda lives: box(*lives))
+_BOXES = _lives("ghij", 9, is_there=st.booleans()).map(lambda lives: box(*lives))
 
 
 @given(_BOXES, _BOXES, st.integers(0, 9), st.booleans())
