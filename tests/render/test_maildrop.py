@@ -27,7 +27,7 @@ from tests.render.image import Image, Step
 # observed comes back as one JSON object, by name.
 _LIVE = r"""
 import base64, email, http.server, imaplib, json, os, re, smtplib, socket, ssl, subprocess, sys
-import threading, time
+import pathlib, threading, time
 
 order = json.load(sys.stdin)
 seen, learned = {}, []
@@ -325,7 +325,9 @@ seen["top"] = shell("stat -c '%U %a' /var/dovecot/users /var/dovecot")
 seen["inbox"] = subjects(imap("plain"), "INBOX")
 seen["folders"] = [row.decode() for row in imap("plain").list()[1]]
 seen["subscribed"] = [row.decode() for row in imap("plain").lsub()[1]]
-seen["marked"] = sorted(os.listdir("/var/lib/pairsync/dirty"))
+dirty = pathlib.Path("/var/lib/pairsync/dirty")
+seen["marked"] = sorted(file.name for file in dirty.iterdir() if file.name[0] != "!")
+seen["noted"] = sorted([file.name.split("!")[1], file.read_text()] for file in dirty.glob("!*"))
 """
 
 
@@ -378,6 +380,10 @@ def test_a_new_user_finds_the_usual_folders(delivery: dict[str, Any]) -> None:
 
 def test_pairsync_is_told_who_changed(delivery: dict[str, Any]) -> None:
     assert delivery["marked"] == ["away", "plain"]
+
+
+def test_pairsync_is_told_of_the_folder_that_was_made(delivery: dict[str, Any]) -> None:
+    assert delivery["noted"] == [["away", "\nINBOX\n"], ["plain", "\nINBOX\n"]]
 
 
 def test_the_log_has_no_warning(delivery: dict[str, Any]) -> None:
