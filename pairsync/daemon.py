@@ -195,8 +195,8 @@ class Daemon:
             elif user := self._renames.note(event.name):
                 self._work(self._learn(user))
             elif user := self._markers.take_subscribed(event.name):
-                left = 1.0 - time.time() % 1.0 + _CLOCKS_APART
-                self._queue.rest(user, time.monotonic() + left)
+                left, now = 1.0 - time.time() % 1.0 + _CLOCKS_APART, time.monotonic()
+                self._queue.rest(user, now + left, now)
         self._wake.set()
 
     async def _learn(self, user: str) -> None:
@@ -273,6 +273,7 @@ class Daemon:
                 self._markers.left(user)
             if well:
                 self._suspects.discard(user)
+                self._queue.rested(user)
         except OSError as error:
             self._marker_problem = f"changed users cannot be noted: {error.strerror}"
         if well is False:

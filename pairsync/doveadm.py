@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 _HELLO = "VERSION\tdoveadm-server\t1\t2\n"
@@ -161,3 +162,12 @@ def _ending(output: bytearray) -> str | None:
 def _errors(log: str) -> str:
     lines = [line[1:] for line in log.splitlines() if line[:1] and line[0] in _ERRORS]
     return " / ".join(lines[-3:])
+
+
+def uid_set(uids: Iterable[int]) -> str:
+    """As IMAP writes a set of UIDs: Dovecot takes no line of more than a megabyte."""
+    runs = [
+        [uid for _, uid in found]
+        for _, found in groupby(enumerate(sorted(uids)), lambda pair: pair[1] - pair[0])
+    ]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}:{run[-1]}" for run in runs)

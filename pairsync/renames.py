@@ -15,13 +15,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pairsync import notify
-from pairsync.doveadm import Doveadm, DovecotError, NoUser, Reply
+from pairsync import changelog, history, notify
+from pairsync.doveadm import Doveadm, DovecotError, NoUser, Reply, uid_set
 from pairsync.markers import user_name
 from pairsync.state import States, UserState
 
@@ -157,10 +157,34 @@ class Renames:
                 )
                 break
             names = await self._names(user)
-        for name, guid in relics(names, mine, theirs).items():
-            if user in self._files:
-                return  # It may have just been made by the user; the next run knows.
-            await self._take_away(user, name, guid, names.get(guid), moves=moves)
+        for name, (guid, at) in relics(names, mine, theirs).items():
+            if self._just_made(user, name, at):
+                continue
+            if guid:
+                await self._empty(user, name, guid, names.get(guid), moves=moves)
+            else:
+                here = mine.left.get(name) == (guid, at)
+                if older := await self._older(user, name, at, here=here):
+                    await self._run(user, "expunge", "mailbox", name, "uid", uid_set(older))
+            # Only if it is empty.
+            reply = await self._run(user, "mailbox delete", "-e", "--", name)
+            if not reply.code:
+                notify.log(
+                    notify.INFO, f"{user}: {name} is taken away: a user renamed or deleted it"
+                )
+        await self.backdate(user, mine, theirs)
+
+    async def backdate(self, user: str, mine: Told, theirs: Told) -> None:
+        """Let a later rename by a user win over those that are carried, now or by a run before.
+
+        Raises :class:`DovecotError`.
+        """
+        given = {name: at for name, at in theirs.renamed.values() if mine.made.get(name, 0.0) < at}
+        if given:
+            rows = await self._rows(user, 1, "mailbox path", "-t", "index", "--", _INBOX)
+            with contextlib.suppress(OSError):
+                folders = Path(rows[0][0]).parents
+                await asyncio.to_thread(_backdate, folders, given)
 
     def done(self, user: str, told: Told) -> None:
         """The peer knows ``told``."""
@@ -179,29 +203,52 @@ class Renames:
             state.told = document
             self._states.save(user, sync=bool(document))
 
-    async def _take_away(
+    def _just_made(self, user: str, name: str, since: float) -> bool:
+        """Whether a user gave a name while a run was being prepared."""
+        known = Told.of(self._states.of(user).told).made.get(name, 0.0)
+        news = (c.at for c in read(self._files.get(user, ())) if c.new == name)
+        return max((known, *news)) >= since
+
+    async def _older(self, user: str, name: str, at: float, *, here: bool) -> list[int]:
+        """UIDs of mails that were in a folder when a user deleted it.
+
+        ``here``: whether on this server. dsync carries with a mail when it was saved, in whole
+        seconds. What came from the other server within that of the deletion had been deleted there
+        with the folder; what else was saved then may have come after it.
+        """
+        fields = "uid guid date.saved.unixtime"
+        rows = [
+            (int(uid), guid, int(saved))
+            for uid, guid, saved in await self._rows(user, 3, "fetch", fields, "mailbox", name)
+        ]
+        older = [uid for uid, _, saved in rows if saved < int(at)]
+        close = {uid for uid, _, saved in rows if saved == int(at)}
+        if not close or here:
+            return older
+        ((index,), *_) = await self._rows(user, 1, "mailbox path", "-t", "index", "--", name)
+        logs = await asyncio.to_thread(history.logs, Path(index))
+        lives = history.read(logs, [(uid, guid) for uid, guid, _ in rows])
+        return older + [life.uid for life in lives if life.by_dsync and life.uid in close]
+
+    async def _empty(
         self, user: str, name: str, guid: str, target: str | None, *, moves: bool
     ) -> None:
-        """Delete a folder that dsync made of an earlier name; what is in it is in ``guid``.
+        """Clear a folder that dsync made of an earlier name; what is in it is in ``guid``.
 
-        ``target``: the name of that one. Where it is gone, or was deleted, the folder is deleted if
-        it is empty.
+        ``target``: the name of that one; None where it is gone.
         """
+        if target is None:
+            return
         folder = ("mailbox", name)
-        if target is not None:
-            rows = await self._rows(user, 2, "fetch", "uid guid", *folder)
-            there = await self._rows(user, 1, "fetch", "guid", "mailbox-guid", guid)
-            known = {mail for (mail,) in there}
-            copies = [uid for uid, mail in rows if mail in known]
-            others = [uid for uid, mail in rows if mail not in known]
-            if copies:
-                await self._run(user, "expunge", *folder, "uid", ",".join(copies))
-            if others and moves:
-                await self._run(user, "move", "--", target, *folder, "uid", ",".join(others))
-        # Only if it is empty.
-        reply = await self._run(user, "mailbox delete", "-e", "--", name)
-        if not reply.code:
-            notify.log(notify.INFO, f"{user}: {name} is taken away: a user renamed or deleted it")
+        rows = await self._rows(user, 2, "fetch", "uid guid", *folder)
+        there = await self._rows(user, 1, "fetch", "guid", "mailbox-guid", guid)
+        known = {mail for (mail,) in there}
+        copies = [int(uid) for uid, mail in rows if mail in known]
+        others = [int(uid) for uid, mail in rows if mail not in known]
+        if copies:
+            await self._run(user, "expunge", *folder, "uid", uid_set(copies))
+        if others and moves:
+            await self._run(user, "move", "--", target, *folder, "uid", uid_set(others))
 
     async def _names(self, user: str) -> dict[str, str]:
         """Folder (its GUID) -> its name; none of a user who is gone, as the run will tell."""
@@ -225,6 +272,13 @@ async def _limited(user: str, work: Awaitable[T]) -> T:
         raise DovecotError(f"doveadm for {user}: no answer") from None
 
 
+def _backdate(folders: Sequence[Path], given: Mapping[str, float]) -> None:
+    for folder in folders:
+        if (folder / changelog.NAME).exists():
+            changelog.backdate(folder, given)
+            return
+
+
 def read(files: Iterable[Path]) -> list[Change]:
     """What the hook's files tell, the earliest first."""
     found: list[Change] = []
@@ -243,21 +297,25 @@ def add(known: Told, changes: Iterable[Change], names: Mapping[str, str]) -> tup
     ``names``: GUID -> name now.
     """
     guids = {name: guid for guid, name in names.items()}
-    renamed = {guid: name for guid, name in known.renamed.items() if guid in names}
-    missing = len(renamed) < len(known.renamed)
-    left, made = dict(known.left), dict(known.made)
+    renamed, left, made = dict(known.renamed), dict(known.left), dict(known.made)
     chains: dict[str, list[Change]] = {}
     for change in changes:
         before = chains.pop(change.old, [])
         if change.old:
             made.pop(change.old, None)
         if not change.new:
-            left |= {c.old: ("", change.at) for c in (*before, change)}
+            gone = {c.old for c in (*before, change)}
+            for which in [guid for guid, (name, _) in renamed.items() if name in gone]:
+                del renamed[which]
+                gone |= {name for name, (guid, _) in left.items() if guid == which}
+            left |= dict.fromkeys(gone, ("", change.at))
             continue
         left.pop(change.new, None)
         made[change.new] = change.at
         if change.old:
             chains[change.new] = [*before, change]
+    missing = not renamed.keys() <= names.keys()
+    renamed = {guid: name for guid, name in renamed.items() if guid in names}
     for name, chain in chains.items():
         first, last = chain[0], chain[-1]
         guid = guids.get(name)
@@ -298,10 +356,11 @@ def next_rename(names: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[st
     return None
 
 
-def relics(names: Mapping[str, str], one: Told, other: Told) -> dict[str, str]:
-    """Folders here that have a name which nobody gave them: name -> which folder had it before.
+def relics(names: Mapping[str, str], one: Told, other: Told) -> dict[str, Named]:
+    """Folders here that have a name which nobody gave them.
 
-    That one may be gone.
+    Name -> which folder had it before, which may be gone, and when it was renamed; or an empty
+    text, and when it was deleted.
     """
     found = {}
     for name in {*one.left, *other.left}:
@@ -309,5 +368,5 @@ def relics(names: Mapping[str, str], one: Told, other: Told) -> dict[str, str]:
         made = max(told.made.get(name, 0.0) for told in (one, other))
         is_there = any(n == name and g != guid for g, n in names.items())
         if is_there and made < at:
-            found[name] = guid
+            found[name] = (guid, at)
     return found

@@ -21,13 +21,12 @@ import contextlib
 import struct
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from pairsync import history, notify
-from pairsync.doveadm import Doveadm, DovecotError
+from pairsync.doveadm import Doveadm, DovecotError, uid_set
 from pairsync.history import History, Life, Mail
 from pairsync.state import States
 
@@ -45,6 +44,7 @@ _HEADER, _CHECKSUM = 4, 4
 _MAILBOX = struct.Struct("<16sIIQQI")
 _FIELDS = ("mailbox-guid", "uid", "guid")
 _PATHS = 50_000
+_LOOKS = 5
 _CLOCK_SECONDS = 1.0
 """By so much a file's time may be behind."""
 
@@ -239,15 +239,23 @@ async def look(doveadm: Doveadm, states: States, user: str) -> Mailbox:
     """All mails that are there, and what became of others. Raises :class:`DovecotError`."""
     rows = await doveadm.rows(user, 3, "fetch", " ".join(_FIELDS), "all")
     # Only then the logs: what is taken away meanwhile is neither in the list nor unexplained.
-    names = await doveadm.folders(user)
-    paths = await _paths(doveadm, user, names)
+    unread = names = await doveadm.folders(user)
     doubles = states.doubles(user)
-    histories = await asyncio.to_thread(_histories, rows, paths, doubles)
+    histories: dict[str, History] = {}
+    for _ in range(_LOOKS):
+        paths = await _paths(doveadm, user, unread)
+        histories |= await asyncio.to_thread(_histories, rows, paths, doubles)
+        now = await doveadm.folders(user)
+        # The log of a folder that was renamed meanwhile was not where it was looked for.
+        unread = {f: now[f] for f, name in names.items() if now.get(f, name) != name}
+        names = {f: now[f] for f in names if f in now}
+        if not unread:
+            break
+    else:
+        raise DovecotError(f"{user}: folders were renamed all the time while their logs were read")
+    histories = {folder: histories[folder] for folder in names}
     told = {f: {(life.uid, life.guid) for life in histories.get(f, ())} for f in doubles}
     states.note_doubles(user, {folder: doubles[folder] & told[folder] for folder in doubles})
-    if names != await doveadm.folders(user):
-        # The log of a folder that was renamed meanwhile was not where it was looked for.
-        raise DovecotError(f"{user}: folders were renamed while their logs were read")
     return Mailbox(histories, names)
 
 
@@ -259,7 +267,7 @@ def _histories(
         present.setdefault(folder, []).append((int(uid), guid))
     return {
         folder: history.spared(
-            history.read(_logs(path), present.get(folder, ())), doubles.get(folder, set())
+            history.read(history.logs(path), present.get(folder, ())), doubles.get(folder, set())
         )
         for folder, path in paths.items()
     }
@@ -280,14 +288,6 @@ async def _paths(doveadm: Doveadm, user: str, names: Mapping[str, str]) -> dict[
     return {folder: known[user, folder, name] for folder, name in names.items()}
 
 
-def _logs(path: Path) -> list[bytes]:
-    found = []
-    for log in history.LOGS:
-        with contextlib.suppress(OSError):
-            found.append((path / log).read_bytes())
-    return found
-
-
 async def mend(doveadm: Doveadm, states: States, user: str, box: Mailbox, plan: Plan) -> int:
     """Carry out a plan here; returns how many mails got new UIDs.
 
@@ -300,23 +300,14 @@ async def mend(doveadm: Doveadm, states: States, user: str, box: Mailbox, plan: 
     for what, listing in (("taken away by the user", plan.expunge), ("twice", plan.doubles)):
         for folder, unwanted in listing.items():
             if gone := box.here(folder).intersection(unwanted):
-                name, which = box.names[folder], _ranges(uid for uid, _ in gone)
+                name, which = box.names[folder], uid_set(uid for uid, _ in gone)
                 await doveadm.rows(user, 1, "expunge", "mailbox-guid", folder, "uid", which)
                 notify.log(notify.INFO, f"{user}: {what}, in {name}: UIDs {which}")
     for folder, uids in plan.renumber.items():
-        name, which = box.names[folder], _ranges(uids)
+        name, which = box.names[folder], uid_set(uids)
         await doveadm.rows(user, 1, "move", "--", name, "mailbox-guid", folder, "uid", which)
         notify.log(notify.INFO, f"{user}: left out by a broken run, in {name}: UIDs {which}")
     return sum(map(len, plan.renumber.values()))
-
-
-def _ranges(uids: Iterable[int]) -> str:
-    """As IMAP writes a set of UIDs: Dovecot takes no line of more than a megabyte."""
-    runs = [
-        [uid for _, uid in found]
-        for _, found in groupby(enumerate(sorted(uids)), lambda pair: pair[1] - pair[0])
-    ]
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}:{run[-1]}" for run in runs)
 
 
 async def bury(doveadm: Doveadm, states: States, user: str, since: float) -> None:
@@ -328,7 +319,7 @@ async def bury(doveadm: Doveadm, states: States, user: str, since: float) -> Non
     paths = await _paths(doveadm, user, names)
     found = await asyncio.to_thread(_copies, paths, since, states.doubles(user))
     for folder, copies in found.items():
-        query = ("mailbox-guid", folder, "uid", _ranges(uid for uid, _ in copies))
+        query = ("mailbox-guid", folder, "uid", uid_set(uid for uid, _ in copies))
         rows = await doveadm.rows(user, 2, "fetch", "uid guid", *query)
         left = [Life(int(uid), guid, is_there=True) for uid, guid in rows]
         box = Mailbox({folder: left}, names)
@@ -343,7 +334,7 @@ def _copies(
     for folder, path in paths.items():
         with contextlib.suppress(OSError):
             if (path / history.LOGS[-1]).stat().st_mtime >= since - _CLOCK_SECONDS:
-                lives = history.read(_logs(path), (), copied=True)
+                lives = history.read(history.logs(path), (), copied=True)
                 lives = history.spared(lives, doubles.get(folder, set()))
                 copied = {(life.uid, life.guid) for life in lives if life.before}
                 if unwanted := history.unwanted([lives]) & copied:

@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 
 _CAP = 10
 """A user who never rests gets a run after so many times the debounce."""
+_LONGEST_REST, _AWAKE = 3.0, 2.0
+"""A user who is to rest all the time gets a run after so many seconds; who was not told to for so
+long has come to rest."""
 _RETRY_FIRST = 0.2
 _PUT_OFF = 0.5
 _CHANGED_LIMIT = 5
@@ -78,6 +81,8 @@ class Queue:
         self._running: dict[str, _Entry] = {}
         self._held = True
         self._rests: dict[str, float] = {}
+        self._restless: dict[str, tuple[float, float]] = {}
+        """User -> when :meth:`rest` was called first since the last run, and last."""
 
     @property
     def running(self) -> int:
@@ -134,9 +139,18 @@ class Queue:
         entry = self._waiting.setdefault(user, _Entry(due=now, cap=now))
         entry.due, entry.full, entry.background, entry.failures = now, True, False, 0
 
-    def rest(self, user: str, until: float) -> None:
-        """Begin no run for the user before ``until``."""
-        self._rests[user] = until
+    def rest(self, user: str, until: float, now: float) -> None:
+        """Begin no run for the user before ``until``, unless there was none for too long."""
+        first, last = self._restless.get(user, (now, now))
+        if last < now - _AWAKE:
+            first = now
+        self._restless[user] = (first, now)
+        if until <= first + _LONGEST_REST:
+            self._rests[user] = until
+
+    def rested(self, user: str) -> None:
+        """A run for the user has ended well, the peer's or ours."""
+        self._restless.pop(user, None)
 
     def rests(self, user: str, now: float) -> bool:
         """Whether no run may begin, the peer's neither."""
@@ -188,6 +202,7 @@ class Queue:
             self._waiting.pop(user, None)
             return
         if outcome is Outcome.OK:
+            self.rested(user)
             return
         again = replace(entry, noticed=later.noticed if later else float("-inf"))
         if outcome is Outcome.CHANGED:

@@ -238,9 +238,10 @@ class Server:
             if clean:
                 word = await receive(reader, _WORD_SECONDS)
                 well, state = bool(word["well"]), str(word["state"])
-            if self._guests.changes(user):
-                # If Dovecot is gone by now, this is done once the user has settled.
-                with contextlib.suppress(DovecotError):
+            # If Dovecot is gone by now, the next run does this, or that of a user who has settled.
+            with contextlib.suppress(DovecotError):
+                await self._renames.backdate(user, mine, theirs)
+                if self._guests.changes(user):
                     await bury(self._doveadm, self._states, user, began)
             return clean
         except (DovecotError, ScriptError) as error:

@@ -26,6 +26,7 @@ RUN = "/srv/world/run"
 MIRROR = "/srv/world/debian"
 ANCHOR = f"{ETC}/root.ds"
 ACME_MANAGEMENT_PORT = 15000
+_ACME_PORT = 14000
 CONTROL_FILE = "control.json"
 STATE_FILE = "state.json"
 LISTS_CONTROL_FILE = "lists-control.json"
@@ -145,7 +146,7 @@ PrivateTmp=yes
 
 _NGINX_UNIT = f"""\
 [Unit]
-Description=Package mirror of the outside world
+Description=Package mirror of the outside world, and what stands before its authority
 Requires=world-addresses.service
 After=world-addresses.service
 [Service]
@@ -166,8 +167,7 @@ Wants=world-addresses.service world-unbound.service
 After=world-addresses.service world-unbound.service
 [Service]
 DynamicUser=yes
-AmbientCapabilities=CAP_NET_BIND_SERVICE
-CapabilityBoundingSet=CAP_NET_BIND_SERVICE
+CapabilityBoundingSet=
 LoadCredential=chain:{ETC}/certificates/{plan.ACME_NAME}.pem
 LoadCredential=key:{ETC}/certificates/{plan.ACME_NAME}.key
 # It asks for everything at once, and refuses no nonce: its rehearsal of bad days is not ours.
@@ -184,7 +184,7 @@ _READS = {
     "world-lists": (f"{ETC}/lists.json", f"{CODE}/lists.py"),
     "world-unbound": (f"{ETC}/unbound.conf",),
     "world-mx": (f"{ETC}/mx.json", f"{ETC}/certificates/", f"{CODE}/mx/"),
-    "world-nginx": (f"{ETC}/nginx.conf",),
+    "world-nginx": (f"{ETC}/nginx.conf", f"{ETC}/certificates/{plan.ACME_NAME}."),
     "world-acme": (f"{ETC}/pebble.json", f"{ETC}/certificates/{plan.ACME_NAME}."),
 }
 
@@ -244,6 +244,7 @@ def contents(
         f"{ETC}/pebble.json": _pebble_json(),
         f"{ETC}/unbound.conf": _unbound_conf(),
         f"{ETC}/nginx.conf": _nginx_conf(),
+        f"{ETC}/root.pem": authority.root_pem,
         f"{ETC}/mx.json": _mail_settings(takes, mailboxes),
         f"{ETC}/lists.json": _list_settings(lists),
         "/etc/resolv.conf": "nameserver 127.0.0.1\n",
@@ -348,6 +349,10 @@ def _nginx_conf() -> str:
     listen = "".join(
         f"        listen {f'[{a}]' if a.version == 6 else a}:80;\n" for a in plan.MIRROR
     )
+    secure = "".join(
+        f"        listen {f'[{a}]' if a.version == 6 else a}:443 ssl;\n" for a in plan.ACME
+    )
+    certificate = _certificate_paths(plan.ACME_NAME)
     return f"""\
 user www-data;
 worker_processes 1;
@@ -360,6 +365,23 @@ http {{
     server {{
 {listen}        server_name {" ".join(plan.MIRROR_NAMES)};
         root {MIRROR};
+    }}
+    server {{
+{secure}        server_name {plan.ACME_NAME};
+        ssl_certificate {certificate["chain"]};
+        ssl_certificate_key {certificate["key"]};
+        proxy_set_header Host $host;
+        proxy_ssl_verify on;
+        proxy_ssl_name {plan.ACME_NAME};
+        proxy_ssl_trusted_certificate {ETC}/root.pem;
+        location / {{
+            proxy_pass https://127.0.0.1:{_ACME_PORT};
+        }}
+        # RFC 8555, 8.2: a server tells when to look again; Pebble does not.
+        location /chalZ/ {{
+            proxy_pass https://127.0.0.1:{_ACME_PORT};
+            add_header Retry-After 1;
+        }}
     }}
 }}
 """
@@ -408,7 +430,7 @@ def _mail_settings(
 def _pebble_json() -> str:
     credentials = "/run/credentials/world-acme.service"
     settings = {
-        "listenAddress": ":443",
+        "listenAddress": f"127.0.0.1:{_ACME_PORT}",
         "managementListenAddress": f"127.0.0.1:{ACME_MANAGEMENT_PORT}",
         "certificate": f"{credentials}/chain",
         "privateKey": f"{credentials}/key",

@@ -13,6 +13,8 @@ import hashlib
 import http.client
 import json
 import shutil
+import socket
+import ssl
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from email.message import EmailMessage
@@ -396,22 +398,22 @@ class World:
         return ""
 
     def _acme_missing(self) -> str:
+        trusted = ssl.create_default_context(cadata=Authority(self._state.ca).root_pem)
         for address in plan.ACME:
             try:
-                self._insider.connect(address, 443, timeout=5).close()
+                connection = self._insider.connect(address, 443, timeout=5)
+                status = _get(
+                    trusted.wrap_socket(connection, server_hostname=plan.ACME_NAME), "/dir"
+                )
             except OSError as error:
                 return f"{address}: {error}"
+            if status != http.client.OK:
+                return f"{address}: status {status}"
         return ""
 
     def fetch(self, address: IPAddress, path: str, host: str = plan.MIRROR_NAMES[0]) -> int:
         """Status of a GET request to the mirror."""
-        connection = http.client.HTTPConnection(host, timeout=5)
-        connection.sock = self._insider.connect(address, 80, timeout=5)
-        try:
-            connection.request("GET", path)
-            return connection.getresponse().status
-        finally:
-            connection.close()
+        return _get(self._insider.connect(address, 80, timeout=5), path, host)
 
     # Certificates -------------------------------------------------------------------------
 
@@ -683,3 +685,14 @@ class World:
             known = ", ".join(plan.MAIL_SERVERS)
             raise ValueError(f"the outside has no mail server {mx!r}; there are {known}")
         return self._folder / "mail" / mx
+
+
+def _get(connected: socket.socket, path: str, host: str = plan.ACME_NAME) -> int:
+    """Status of a GET request."""
+    connection = http.client.HTTPConnection(host, timeout=5)
+    connection.sock = connected
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
+    finally:
+        connection.close()

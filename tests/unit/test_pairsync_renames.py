@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pairsync import changelog, history
 from pairsync.doveadm import Doveadm, DovecotError, Reply
+from pairsync.history import Life
 from pairsync.renames import (
     NOTHING,
     Change,
@@ -87,10 +91,10 @@ def test_folders_exchange_their_names(order: list[str]) -> None:
 def test_what_dsync_made_of_an_earlier_name_is_told_from_what_a_user_made() -> None:
     left = Told(renamed={"G": ("b", 2.0)}, left={"a": ("G", 2.0)})
     names = {"G": "b", "H": "a"}
-    assert relics(names, left, NOTHING) == relics(names, NOTHING, left) == {"a": "G"}
-    assert relics(names, left, Told(made={"a": 1.0})) == {"a": "G"}
+    assert relics(names, left, NOTHING) == relics(names, NOTHING, left) == {"a": ("G", 2.0)}
+    assert relics(names, left, Told(made={"a": 1.0})) == {"a": ("G", 2.0)}
     assert relics(names, left, Told(made={"a": 3.0})) == {}
-    assert relics({"H": "a"}, left, NOTHING) == {"a": "G"}
+    assert relics({"H": "a"}, left, NOTHING) == {"a": ("G", 2.0)}
     assert relics({"G": "a"}, left, NOTHING) == {}
 
 
@@ -98,8 +102,8 @@ def test_a_deleted_folder_that_is_there_again_was_made_by_dsync() -> None:
     told, missing = add(NOTHING, [Change("", "a", 1.0), Change("a", "", 2.0)], {})
     assert told == Told({}, {"a": ("", 2.0)}, {})
     assert not missing
-    assert relics({"G": "a"}, told, NOTHING) == {"a": ""}
-    assert relics({"G": "a"}, NOTHING, told) == {"a": ""}
+    assert relics({"G": "a"}, told, NOTHING) == {"a": ("", 2.0)}
+    assert relics({"G": "a"}, NOTHING, told) == {"a": ("", 2.0)}
     assert relics({"G": "a"}, told, Told(made={"a": 3.0})) == {}
     again, _ = add(told, [Change("", "a", 3.0)], {"G": "a"})
     assert again == Told({}, {}, {"a": 3.0})
@@ -108,6 +112,13 @@ def test_a_deleted_folder_that_is_there_again_was_made_by_dsync() -> None:
 def test_a_renamed_folder_that_is_deleted_is_not_missed() -> None:
     told, missing = add(NOTHING, [Change("a", "b", 1.0), Change("b", "", 2.0)], {})
     assert told == Told({}, {"a": ("", 2.0), "b": ("", 2.0)}, {})
+    assert not missing
+
+
+def test_a_folder_that_was_renamed_before_is_deleted_under_all_of_its_names() -> None:
+    renamed, _ = add(NOTHING, [Change("a", "b", 1.0)], {"G": "b"})
+    told, missing = add(renamed, [Change("b", "c", 2.0), Change("c", "", 3.0)], {})
+    assert told == Told({}, dict.fromkeys("abc", ("", 3.0)), {})
     assert not missing
 
 
@@ -125,11 +136,17 @@ class Dovecot(Doveadm):
         super().__init__(Path("/nowhere"))
         self.lists = [dict(names) for names in lists]
         self.did: list[tuple[str, ...]] = []
+        self.mails: list[tuple[str, ...]] = []
+        self.index = Path("/nowhere")
 
     async def run(self, user: str, *words: str) -> Reply:
         if words[0] == "mailbox status":
             names = self.lists.pop(0) if len(self.lists) > 1 else self.lists[0]
             return Reply("", tuple(v for guid, name in names.items() for v in (name, guid)), "")
+        if words[0] == "fetch":
+            return Reply("", tuple(value for row in self.mails for value in row), "")
+        if words[0] == "mailbox path":
+            return Reply("", (str(self.index),), "")
         self.did.append(words)
         if words[0] == "mailbox rename":
             (names,) = self.lists
@@ -222,15 +239,63 @@ def test_a_user_who_is_gone_is_left_to_the_run(tmp_path: Path) -> None:
     asyncio.run(renames.carry_out("jane/x", told, Told({"G": ("b", 1.0)}), moves=True))
 
 
-def test_nothing_is_taken_away_while_there_is_news(tmp_path: Path) -> None:
+def test_a_folder_is_not_taken_away_that_was_just_made(tmp_path: Path) -> None:
     left = Told(left={"a": ("", 2.0)})
     dovecot = Dovecot({"G": "a"})
     renames = made(tmp_path, dovecot)
     renames.note(hook(tmp_path, "", "a", 5.0))
     asyncio.run(renames.carry_out("jane/x", left, NOTHING, moves=True))
     assert dovecot.did == []
-    asyncio.run(renames.carry_out("jane", left, NOTHING, moves=True))
+    # Nor when that was learned in the meantime.
+    asyncio.run(renames.learn("jane/x"))
+    asyncio.run(renames.carry_out("jane/x", left, NOTHING, moves=True))
+    assert dovecot.did == []
+
+
+def test_news_of_other_folders_keep_none(tmp_path: Path) -> None:
+    left = Told(left={"a": ("", 2.0)})
+    dovecot = Dovecot({"G": "a"})
+    renames = made(tmp_path, dovecot)
+    for other in (("", "b", 5.0), ("a", "c", 1.0)):
+        renames.note(hook(tmp_path, *other))
+    asyncio.run(renames.carry_out("jane/x", left, NOTHING, moves=True))
     assert dovecot.did == [("mailbox delete", "-e", "--", "a")]
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_of_a_deleted_folder_goes_what_is_older_than_the_deletion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool
+) -> None:
+    told = Told(left={"a": ("", 20.9)})
+    dovecot = Dovecot({"G": "a"})
+    guids = {uid: f"{uid:032x}" for uid in range(1, 5)}
+    dovecot.mails = [(str(u), guids[u], str(saved)) for u, saved in enumerate((19, 20, 20, 21), 1)]
+    lives = [Life(uid, guids[uid], by_dsync=uid != 3, is_there=True) for uid in guids]
+    monkeypatch.setattr(history, "read", lambda logs, present: lives)
+    renames = made(tmp_path, dovecot)
+    mine, theirs = (told, NOTHING) if here else (NOTHING, told)
+    asyncio.run(renames.carry_out("jane", mine, theirs, moves=True))
+    gone = "1" if here else "1:2"
+    assert dovecot.did[-2:] == [
+        ("expunge", "mailbox", "a", "uid", gone),
+        ("mailbox delete", "-e", "--", "a"),
+    ]
+
+
+def test_a_name_of_the_peers_gets_its_time_and_one_of_ours_keeps_it(tmp_path: Path) -> None:
+    log = tmp_path / "mdbox" / changelog.NAME
+    dovecot = Dovecot({"G": "a", "H": "b"})
+    dovecot.index = log.parent / "mailboxes" / "INBOX"
+    dovecot.index.mkdir(parents=True)
+    content = b"".join(
+        bytes([3, 0, 0, 0]) + hashlib.sha1(name).digest()[:16] + struct.pack(">I", 9)
+        for name in (b"a", b"b")
+    )
+    log.write_bytes(content)
+    theirs = Told({"G": ("a", 5.0), "H": ("b", 5.0)}, made={"a": 5.0, "b": 5.0})
+    mine = Told(made={"b": 9.0})
+    asyncio.run(made(tmp_path, dovecot).carry_out("jane", mine, theirs, moves=True))
+    assert log.read_bytes() == content[:20] + struct.pack(">I", 5) + content[24:]
 
 
 def test_both_servers_give_the_last_name(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_nothing_begins_while_the_peer_is_away() -> None:
 
 def test_a_user_at_rest_waits_and_nobody_else_does() -> None:
     q = queue()
-    q.rest("u", 2.0)
+    q.rest("u", 2.0, 1.0)
     q.notice("u", 1.0)
     q.notice("other", 1.0)
     assert taken(q, 1.9) == ["other"]
@@ -182,6 +182,34 @@ def test_a_user_at_rest_waits_and_nobody_else_does() -> None:
     assert q.next_due() == 2.0
     assert taken(q, 2.0) == ["u"]
     assert not q.rests("u", 2.0)
+
+
+def test_a_user_who_is_to_rest_all_the_time_gets_a_run_and_rests_again_then() -> None:
+    q = queue()
+    q.notice("u", 0.0)
+    for tenths in range(1, 60):
+        now = tenths / 10
+        q.rest("u", float(int(now) + 1), now)
+        if q.take(now):
+            break
+    assert now == 3.0
+    q.rest("u", 4.0, 3.1)
+    assert not q.rests("u", 3.1)
+    q.finish("u", Outcome.OK, 3.2)
+    q.rest("u", 4.0, 3.3)
+    assert q.rests("u", 3.3)
+
+
+def test_a_run_of_the_peers_lets_a_user_rest_again_and_so_does_time() -> None:
+    q = queue()
+    for user in ("guest", "later"):
+        q.rest(user, 3.0, 0.0)
+        q.rest(user, 5.0, 1.9)
+        assert not q.rests(user, 4.0)
+    q.rested("guest")
+    q.rest("guest", 5.0, 4.0)
+    q.rest("later", 5.0, 4.0)
+    assert q.rests("guest", 4.5) and q.rests("later", 4.5)
 
 
 def test_the_peers_return_makes_all_due_in_full() -> None:

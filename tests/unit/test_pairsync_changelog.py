@@ -1,0 +1,52 @@
+"""Times of renames in Dovecot's log of a user's folders."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from pathlib import Path
+
+import pytest
+
+from pairsync.changelog import NAME, backdate
+
+RENAME, SUBSCRIBE = 3, 4
+
+
+def record(kind: int, name: str, seconds: int) -> bytes:
+    digest = hashlib.sha1(name.encode()).digest()[:16]
+    return bytes([kind, 0, 0, 0]) + digest + struct.pack(">I", seconds)
+
+
+def test_a_rename_gets_the_users_time_and_nothing_else_does(tmp_path: Path) -> None:
+    others = [
+        record(SUBSCRIBE, "näme", 9),
+        record(RENAME, "other", 9),
+        record(RENAME, "näme", 4),
+    ]
+    log = tmp_path / NAME
+    log.write_bytes(b"".join([*others, record(RENAME, "näme", 9)]))
+    assert backdate(tmp_path, {"näme": 5.9, "nowhere": 1.0}) == 1
+    assert log.read_bytes() == b"".join([*others, record(RENAME, "näme", 5)])
+    assert backdate(tmp_path, {"näme": 5.9}) == 0
+
+
+def test_the_older_log_is_looked_into_as_well(tmp_path: Path) -> None:
+    older = tmp_path / f"{NAME}.2"
+    older.write_bytes(record(RENAME, "a", 9))
+    assert backdate(tmp_path, {"a": 5.0}) == 1
+    assert older.read_bytes() == record(RENAME, "a", 5)
+
+
+@pytest.mark.parametrize("left", [0, 1, 23])
+def test_a_record_that_is_being_written_is_left_alone(tmp_path: Path, left: int) -> None:
+    log = tmp_path / NAME
+    content = record(RENAME, "a", 4) + record(RENAME, "a", 9)[:left]
+    log.write_bytes(content)
+    assert backdate(tmp_path, {"a": 5.0}) == 0
+    assert log.read_bytes() == content
+
+
+def test_there_may_be_no_log(tmp_path: Path) -> None:
+    assert backdate(tmp_path, {"a": 5.0}) == 0
+    assert list(tmp_path.iterdir()) == []
