@@ -20,6 +20,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from rehearsal.state import write_atomic
+
 _YEAR = datetime.timedelta(days=365)
 _SLACK = datetime.timedelta(hours=1)
 _RENEW = datetime.timedelta(days=30)
@@ -105,7 +107,7 @@ class Authority:
                 .add_extension(_usage(authority=True), critical=True)
                 .sign(parent.key if parent else key, hashes.SHA256())
             )
-            self._write(path, _pem(certificate) + _key_pem(key))
+            self._write(path, _pem(certificate) + _key_pem(key), keep=True)
         return _load(path.read_text(encoding="ascii"))
 
     def _kept(
@@ -172,14 +174,10 @@ class Authority:
             )
         )
 
-    def _write(self, path: Path, text: str) -> None:
+    def _write(self, path: Path, text: str, *, keep: bool = False) -> None:
         for folder in (self.folder, path.parent):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        new = path.with_suffix(".new")
-        new.unlink(missing_ok=True)
-        new.touch(mode=0o600)
-        new.write_text(text, encoding="ascii")
-        new.replace(path)
+        write_atomic(path, text, keep=keep)
 
 
 def _name(common_name: str) -> x509.Name:

@@ -30,7 +30,7 @@ def passphrase(state: State) -> Path:
     """File with the passphrase that the stack's state is encrypted with."""
     path = state.root / "passphrase"
     if not path.exists():
-        state.write(path.name, secrets.token_urlsafe(32))
+        state.write(path.name, secrets.token_urlsafe(32), keep=True)
     return path
 
 
@@ -46,14 +46,12 @@ def host_key(state: State, host: str) -> tuple[str, str]:
 
 def _ssh_key(state: State, name: str, comment: str) -> tuple[str, str]:
     path = state.root / name
-    if path.exists():
-        private = path.read_text(encoding="ascii")
-    else:
+    if not path.exists():
         pem = Ed25519PrivateKey.generate().private_bytes(
             Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()
         )
-        private = pem.decode("ascii")
-        state.write(name, private)
+        state.write(name, pem.decode("ascii"), keep=True)
+    private = path.read_text(encoding="ascii")
     public = load_ssh_private_key(private.encode(), password=None).public_key()
     line = public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode("ascii")
     state.write(f"{name}.pub", f"{line} {comment}\n", mode=0o644)

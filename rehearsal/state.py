@@ -10,10 +10,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import signal
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,11 +135,11 @@ class State:
 
     # Files -----------------------------------------------------------------------------------
 
-    def write(self, name: str, text: str, *, mode: int = 0o600) -> Path:
-        """Write a file below the state folder in one step, with ``mode`` from the start."""
+    def write(self, name: str, text: str, *, mode: int = 0o600, keep: bool = False) -> Path:
+        """Write a file below the state folder as :func:`write_atomic` does."""
         path = self.root / name
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return write_atomic(path, text, mode=mode)
+        return write_atomic(path, text, mode=mode, keep=keep)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file; empty when the file is missing."""
@@ -191,18 +191,24 @@ class State:
         return found if found is not None and found.alive() else None
 
 
-def write_atomic(path: Path, text: str, *, mode: int = 0o600) -> Path:
-    """Replace ``path`` in one step; no moment in which it is half there or readable by others."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+def write_atomic(path: Path, text: str, *, mode: int = 0o600, keep: bool = False) -> Path:
+    """Replace ``path`` in one step; no moment in which it is half there or readable by others.
+
+    ``keep``: leave one that is there, which another thread may just have made.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             os.fchmod(stream.fileno(), mode)
             stream.write(text)
-        temporary.replace(path)
-    except BaseException:
+        if keep:
+            with suppress(FileExistsError):
+                path.hardlink_to(temporary)
+        else:
+            temporary.replace(path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     return path
 
 

@@ -41,7 +41,7 @@ class UpdateKey:
         """The key in ``path``, made and written there (0600) when it is missing."""
         if not path.exists():
             secret = base64.b64encode(secrets.token_bytes(32)).decode("ascii")
-            write_atomic(path, json.dumps({"name": name, "secret": secret}))
+            write_atomic(path, json.dumps({"name": name, "secret": secret}), keep=True)
         value = json.loads(path.read_text(encoding="ascii"))
         return cls(value["name"], value["secret"])
 

@@ -31,7 +31,7 @@ class SenderKey:
                 serialization.PrivateFormat.TraditionalOpenSSL,
                 serialization.NoEncryption(),
             )
-            write_atomic(path, text.decode("ascii"))
+            write_atomic(path, text.decode("ascii"), keep=True)
         pem = path.read_bytes()
         key = serialization.load_pem_private_key(pem, None)
         der = key.public_key().public_bytes(
