@@ -835,7 +835,8 @@ def _mail_is_counted(ctx: Context) -> str:
                 level, at = before.get(bucket, (0.0, began))
                 return max(0.0, level - each_second * (began - at))
 
-            rise = {k: v - rest(k) for k, (v, _) in levels().items()}
+            now = levels()
+            rise = {k: now[k][0] - rest(k) for k in now if now[k] != before.get(k)}
             found = [k for k, v in rise.items() if amount - leaked - 0.01 < v < amount + 0.01]
             expect(len(found) == 1, f"{len(doors)} mails of {user} are counted as {rise}")
             return found[0]
