@@ -15,9 +15,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pairsync import changelog, history, notify
@@ -30,6 +31,7 @@ T = TypeVar("T")
 _SIGN = "!"
 _INBOX = "INBOX"
 _SECONDS = 20.0
+_SEEN = 500
 _LOOKS, _PAUSE = 4, 0.05
 """A folder that is just being renamed is in no list."""
 
@@ -97,6 +99,8 @@ class Renames:
         self._doveadm = doveadm
         self._files: dict[str, set[Path]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._seen: dict[str, dict[str, str]] = {}
+        """User -> name of a folder that was there lately -> its GUID."""
 
     def scan(self) -> None:
         """Find what the hook left while nobody watched."""
@@ -124,13 +128,16 @@ class Renames:
                 changes, before = read(files), Told.of(state.told)
                 for look in range(_LOOKS):
                     await asyncio.sleep(_PAUSE if look else 0)
-                    known, missing = add(before, changes, await self._names(user))
+                    names = await self._names(user)
+                    known, missing = add(before, changes, names, self._seen.get(user, {}))
                     if not missing:
                         break
             except BaseException:
                 self._files.setdefault(user, set()).update(files)
                 raise
             self._remember(user, state, known)
+            for name in {change.old for change in changes} - set(names.values()):
+                self._seen[user].pop(name, None)
             for path in files:
                 path.unlink(missing_ok=True)
             return known
@@ -180,11 +187,30 @@ class Renames:
         Raises :class:`DovecotError`.
         """
         given = {name: at for name, at in theirs.renamed.values() if mine.made.get(name, 0.0) < at}
-        if given:
-            rows = await self._rows(user, 1, "mailbox path", "-t", "index", "--", _INBOX)
-            with contextlib.suppress(OSError):
-                folders = Path(rows[0][0]).parents
-                await asyncio.to_thread(_backdate, folders, given)
+        await self._in_log(user, changelog.backdate, given)
+
+    async def attest(self, user: str) -> None:
+        """See that dsync, which is about to begin, finds what was renamed here until now.
+
+        Raises :class:`DovecotError`.
+        """
+        told = await self.learn(user)
+        await self._in_log(user, changelog.attest, dict(told.renamed.values()))
+
+    async def _in_log(
+        self,
+        user: str,
+        change: Callable[[Path, Mapping[str, float]], int],
+        given: Mapping[str, float],
+    ) -> None:
+        if not given:
+            return
+        rows = await self._rows(user, 1, "mailbox path", "-t", "index", "--", _INBOX)
+        for folder in Path(rows[0][0]).parents:
+            if (folder / changelog.NAME).exists():
+                with contextlib.suppress(OSError):
+                    await asyncio.to_thread(change, folder, given)
+                return
 
     def done(self, user: str, told: Told) -> None:
         """The peer knows ``told``."""
@@ -253,9 +279,14 @@ class Renames:
     async def _names(self, user: str) -> dict[str, str]:
         """Folder (its GUID) -> its name; none of a user who is gone, as the run will tell."""
         try:
-            return await _limited(user, self._doveadm.folders(user))
+            names = await _limited(user, self._doveadm.folders(user))
         except NoUser:
-            return {}
+            names = {}
+        seen = self._seen.setdefault(user, {})
+        if len(seen) > len(names) + _SEEN:
+            seen.clear()
+        seen.update((name, guid) for guid, name in names.items())
+        return names
 
     async def _rows(self, user: str, width: int, *words: str) -> list[tuple[str, ...]]:
         return await _limited(user, self._doveadm.rows(user, width, *words))
@@ -272,13 +303,6 @@ async def _limited(user: str, work: Awaitable[T]) -> T:
         raise DovecotError(f"doveadm for {user}: no answer") from None
 
 
-def _backdate(folders: Sequence[Path], given: Mapping[str, float]) -> None:
-    for folder in folders:
-        if (folder / changelog.NAME).exists():
-            changelog.backdate(folder, given)
-            return
-
-
 def read(files: Iterable[Path]) -> list[Change]:
     """What the hook's files tell, the earliest first."""
     found: list[Change] = []
@@ -291,16 +315,25 @@ def read(files: Iterable[Path]) -> list[Change]:
     return sorted((c for c in found if c.old.upper() != _INBOX), key=lambda change: change.at)
 
 
-def add(known: Told, changes: Iterable[Change], names: Mapping[str, str]) -> tuple[Told, bool]:
-    """``known`` with ``changes``, of folders that are there, and whether some are not.
+def add(
+    known: Told,
+    changes: Iterable[Change],
+    names: Mapping[str, str],
+    seen: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[Told, bool]:
+    """``known`` with ``changes``, and whether folders of which they tell are not there.
 
-    ``names``: GUID -> name now.
+    ``names``: GUID -> name now; ``seen``: name lately -> GUID, of folders that may be gone.
     """
     guids = {name: guid for guid, name in names.items()}
+    origins = dict(seen)
     renamed, left, made = dict(known.renamed), dict(known.left), dict(known.made)
     chains: dict[str, list[Change]] = {}
     for change in changes:
         before = chains.pop(change.old, [])
+        origin = origins.pop(change.old, None)
+        if change.new and (origin or not change.old):
+            origins[change.new] = origin or ""
         if change.old:
             made.pop(change.old, None)
         if not change.new:
@@ -314,8 +347,7 @@ def add(known: Told, changes: Iterable[Change], names: Mapping[str, str]) -> tup
         made[change.new] = change.at
         if change.old:
             chains[change.new] = [*before, change]
-    missing = not renamed.keys() <= names.keys()
-    renamed = {guid: name for guid, name in renamed.items() if guid in names}
+    missing = False
     for name, chain in chains.items():
         first, last = chain[0], chain[-1]
         guid = guids.get(name)
@@ -324,7 +356,9 @@ def add(known: Told, changes: Iterable[Change], names: Mapping[str, str]) -> tup
             guid = guids.get(first.old)
         if guid is None:
             missing = True
-        else:
+            # It is gone: what the peer has of it has an earlier name.
+            guid = origins.get(name)
+        if guid:
             renamed[guid] = (name, last.at)
             left |= {c.old: (guid, c.at) for c in chain if made.get(c.old, 0.0) < c.at}
     return Told(renamed, left, made), missing

@@ -195,6 +195,7 @@ class Runner:
                     state, seconds = "", sync.silence_full
                 if self._rests(job.user):
                     return Outcome.BUSY, ""
+                await self._renames.attest(job.user)
                 traffic.count(0)
                 self._suspects.add(job.user)
                 began = time.time()

@@ -230,6 +230,8 @@ class Server:
                 first = await take_frame(reader)
             if not first:
                 return False
+            with contextlib.suppress(DovecotError):
+                await self._renames.attest(user)
             well = False
             began = time.time()
             traffic.count(len(first))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pairsync.changelog import NAME, backdate
+from pairsync.changelog import NAME, attest, backdate
 
 RENAME, SUBSCRIBE = 3, 4
 
@@ -45,6 +45,16 @@ def test_a_record_that_is_being_written_is_left_alone(tmp_path: Path, left: int)
     log.write_bytes(content)
     assert backdate(tmp_path, {"a": 5.0}) == 0
     assert log.read_bytes() == content
+
+
+def test_a_rename_that_is_not_known_is_added(tmp_path: Path) -> None:
+    (tmp_path / f"{NAME}.2").write_bytes(record(RENAME, "a", 5))
+    log = tmp_path / NAME
+    there = record(RENAME, "b", 4) + record(SUBSCRIBE, "c", 9)
+    log.write_bytes(there)
+    assert attest(tmp_path, {"a": 5.9, "b": 5.9, "c": 5.9}) == 2
+    assert log.read_bytes() == there + record(RENAME, "b", 5) + record(RENAME, "c", 5)
+    assert attest(tmp_path, {"a": 5.9, "b": 5.9, "c": 5.9}) == 0
 
 
 def test_there_may_be_no_log(tmp_path: Path) -> None:

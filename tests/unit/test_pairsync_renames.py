@@ -57,9 +57,9 @@ def test_a_new_folder_of_the_old_name_is_another_one() -> None:
     assert missing
 
 
-def test_what_is_in_no_list_is_missing() -> None:
-    _, missing = add(Told({"G": ("b", 1.0)}), [], {})
-    assert missing
+def test_what_is_in_no_list_is_missing_and_what_was_known_is_kept() -> None:
+    known = Told({"G": ("b", 1.0)})
+    assert add(known, [], {}) == (known, False)
     _, missing = add(NOTHING, [Change("a", "b", 1.0)], {"H": "x"})
     assert missing
 
@@ -113,6 +113,23 @@ def test_a_renamed_folder_that_is_deleted_is_not_missed() -> None:
     told, missing = add(NOTHING, [Change("a", "b", 1.0), Change("b", "", 2.0)], {})
     assert told == Told({}, {"a": ("", 2.0), "b": ("", 2.0)}, {})
     assert not missing
+
+
+def test_a_folder_that_is_deleted_before_its_rename_is_learned_is_known_by_what_was_seen() -> None:
+    seen = {"a": "G", "b": "H"}
+    renamed, missing = add(NOTHING, [Change("a", "c", 1.0)], {}, seen)
+    assert renamed == Told({"G": ("c", 1.0)}, {"a": ("G", 1.0)}, {"c": 1.0})
+    assert missing
+    told, _ = add(renamed, [Change("c", "", 2.0)], {})
+    assert told == Told({}, dict.fromkeys("ac", ("", 2.0)), {})
+
+
+@pytest.mark.parametrize("first", [Change("", "a", 1.0), Change("a", "", 1.0)])
+def test_another_folder_of_the_name_is_not_taken_for_what_was_seen(first: Change) -> None:
+    changes = [first, Change("", "a", 2.0), Change("a", "c", 3.0)]
+    told, missing = add(NOTHING, changes, {}, {"a": "G"})
+    assert told.renamed == {}
+    assert missing
 
 
 def test_a_folder_that_was_renamed_before_is_deleted_under_all_of_its_names() -> None:
