@@ -1,4 +1,4 @@
-"""When names of folders were given, in Dovecot's log of a user's folders (``dovecot.mailbox.log``).
+"""What Dovecot's log of a user's folders (``dovecot.mailbox.log``) tells dsync.
 
 Of two names of a folder dsync takes the one that was given later, in whole seconds. But where it
 carries a rename it writes down its own time, and so does a rename by doveadm: a user who renames
@@ -6,10 +6,10 @@ the folder again within that second, or while a run is on, may get the name befo
 server writes down the user's time instead.
 
 And Dovecot keeps the last 170 records, twice, and for up to a minute a session goes on writing into
-a log that is gone. So where there are many changes a user's rename may not be in it.
+a log that is gone. So where there are many changes a user's may not be in it, and is added.
 
 The log consists of records of one size (mailbox-log.h, Dovecot 2.4), which are appended and never
-changed; of the name there is a digest in it. Dovecot reads it anew for each run.
+changed; of a name there is a digest in it. Dovecot reads it anew for each run.
 """
 
 from __future__ import annotations
@@ -20,12 +20,23 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-NAME = "dovecot.mailbox.log"
-_OLDER = f"{NAME}.2"
+LOGS = ("dovecot.mailbox.log.2", "dovecot.mailbox.log")
+"""The older one first."""
+
 _RECORD = struct.Struct(">B3x16sI")
 _TIME = struct.Struct(">I")
-_RENAME = 3
+_DELETE, _RENAME = 1, 3
+
+
+class _Record(NamedTuple):
+    """``what``: the folder's GUID where it was deleted, else the digest of its name."""
+
+    place: int
+    kind: int
+    what: bytes
+    seconds: int
 
 
 def backdate(folder: Path, given: Mapping[str, float]) -> int:
@@ -35,51 +46,70 @@ def backdate(folder: Path, given: Mapping[str, float]) -> int:
     """
     times = {_digest(name): int(at) for name, at in given.items()}
     changed = 0
-    for log in (_OLDER, NAME):
+    for log in LOGS:
         try:
             handle = os.open(folder / log, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             continue
         try:
             data = os.pread(handle, os.fstat(handle).st_size, 0)
-            for place, name, seconds in _renames(data):
-                if seconds > times.get(name, seconds):
-                    os.pwrite(handle, _TIME.pack(times[name]), place + _RECORD.size - _TIME.size)
+            for found in _records(data):
+                if found.kind == _RENAME and found.seconds > times.get(found.what, found.seconds):
+                    place = found.place + _RECORD.size - _TIME.size
+                    os.pwrite(handle, _TIME.pack(times[found.what]), place)
                     changed += 1
         finally:
             os.close(handle)
     return changed
 
 
-def attest(folder: Path, given: Mapping[str, float]) -> int:
-    """Add those of the names of which the log does not know that they were given then, or later.
+def attest(folder: Path, given: Mapping[str, float], deleted: Mapping[str, float]) -> int:
+    """Add what the logs do not tell; returns how many records were added.
 
-    Arguments and errors as for :func:`backdate`; returns how many were added.
+    ``deleted``: GUID of a folder -> when; the rest is as for :func:`backdate`. A name is added that
+    was not given then or later. Raises OSError.
     """
-    known: dict[bytes, int] = {}
-    for log in (_OLDER, NAME):
-        with contextlib.suppress(FileNotFoundError):
-            known |= {name: at for _, name, at in _renames((folder / log).read_bytes())}
-    missing = [
-        _RECORD.pack(_RENAME, digest, int(at))
-        for name, at in given.items()
-        if known.get(digest := _digest(name), -1) < int(at)
-    ]
+    known: dict[tuple[int, bytes], int] = {}
+    for log in LOGS:
+        known |= {(r.kind, r.what): r.seconds for r in _read(folder / log)}
+    wanted = {(_RENAME, _digest(name)): int(at) for name, at in given.items()}
+    missing = [key for key, at in wanted.items() if known.get(key, -1) < at]
+    wanted |= {(_DELETE, bytes.fromhex(guid)): int(at) for guid, at in deleted.items()}
+    missing += [key for key in wanted if key[0] == _DELETE and key not in known]
     if missing:
-        handle = os.open(folder / NAME, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        try:
-            os.write(handle, b"".join(missing))
-        finally:
-            os.close(handle)
+        _append(folder, b"".join(_RECORD.pack(*key, wanted[key]) for key in missing))
     return len(missing)
 
 
-def _renames(data: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """Place, digest of the name and time of each rename."""
+def deletions(folder: Path) -> dict[str, int]:
+    """Folders (their GUIDs) that were deleted -> when, as far as the logs tell."""
+    found: dict[str, int] = {}
+    for log in LOGS:
+        found |= {r.what.hex(): r.seconds for r in _read(folder / log) if r.kind == _DELETE}
+    return found
+
+
+def _append(folder: Path, data: bytes) -> None:
+    # A new log would let a session that writes into one that is gone do away with the older one.
+    place = next(folder / log for log in reversed(LOGS) if (folder / log).exists())
+    handle = os.open(place, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    try:
+        size = os.fstat(handle).st_size
+        if os.write(handle, data) < len(data):
+            os.ftruncate(handle, size)
+    finally:
+        os.close(handle)
+
+
+def _read(log: Path) -> list[_Record]:
+    with contextlib.suppress(FileNotFoundError):
+        return list(_records(log.read_bytes()))
+    return []
+
+
+def _records(data: bytes) -> Iterator[_Record]:
     for place in range(0, len(data) - _RECORD.size + 1, _RECORD.size):
-        kind, name, seconds = _RECORD.unpack_from(data, place)
-        if kind == _RENAME:
-            yield place, name, seconds
+        yield _Record(place, *_RECORD.unpack_from(data, place))
 
 
 def _digest(name: str) -> bytes:

@@ -15,13 +15,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from pairsync import changelog, history, notify
+from pairsync import changelog, notify
 from pairsync.doveadm import Doveadm, DovecotError, NoUser, Reply, uid_set
 from pairsync.markers import user_name
 from pairsync.state import States, UserState
@@ -32,6 +32,8 @@ _SIGN = "!"
 _INBOX = "INBOX"
 _SECONDS = 20.0
 _SEEN = 500
+_CLOSE = 2.0
+"""By so many seconds Dovecot's time of a deletion may differ from the hook's."""
 _LOOKS, _PAUSE = 4, 0.05
 """A folder that is just being renamed is in no list."""
 
@@ -58,14 +60,16 @@ class Told:
     :param left: name that a folder had before -> that folder, and when it was renamed; or that of a
         deleted folder -> an empty text, and when
     :param made: name that a user gave, to a new folder or an old one -> when
+    :param gone: folder that a user deleted (its GUID, where that is known) -> when
     """
 
     renamed: dict[str, Named] = field(default_factory=dict)
     left: dict[str, Named] = field(default_factory=dict)
     made: dict[str, float] = field(default_factory=dict)
+    gone: dict[str, float] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.renamed or self.left or self.made)
+        return bool(self.renamed or self.left or self.made or self.gone)
 
     def document(self) -> dict[str, Any]:
         """For the peer."""
@@ -79,8 +83,13 @@ class Told:
         return cls(
             _named(document["renamed"]),
             _named(document["left"]),
-            {str(name): float(at) for name, at in document["made"].items()},
+            _times(document["made"]),
+            _times(document.get("gone", {})),
         )
+
+
+def _times(document: Mapping[str, Any]) -> dict[str, float]:
+    return {str(key): float(at) for key, at in document.items()}
 
 
 def _named(document: Mapping[str, Any]) -> dict[str, Named]:
@@ -99,6 +108,7 @@ class Renames:
         self._doveadm = doveadm
         self._files: dict[str, set[Path]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._logs: dict[str, Path] = {}
         self._seen: dict[str, dict[str, str]] = {}
         """User -> name of a folder that was there lately -> its GUID."""
 
@@ -123,23 +133,25 @@ class Renames:
             state = self._states.of(user)
             if user not in self._files and not state.told:
                 return NOTHING
-            files = self._files.pop(user, set())
-            try:
-                changes, before = read(files), Told.of(state.told)
-                for look in range(_LOOKS):
-                    await asyncio.sleep(_PAUSE if look else 0)
-                    names = await self._names(user)
-                    known, missing = add(before, changes, names, self._seen.get(user, {}))
-                    if not missing:
-                        break
-            except BaseException:
-                self._files.setdefault(user, set()).update(files)
-                raise
+            files = set(self._files.get(user, ()))
+            seen = dict(self._seen.get(user, {}))
+            changes = read(files)
+            for look in range(_LOOKS):
+                await asyncio.sleep(_PAUSE if look else 0)
+                names = await self._names(user)
+                # What was told meanwhile is not in the state any more.
+                known, missing = add(Told.of(state.told), changes, names, seen)
+                if not missing:
+                    break
             self._remember(user, state, known)
             for name in {change.old for change in changes} - set(names.values()):
                 self._seen[user].pop(name, None)
             for path in files:
                 path.unlink(missing_ok=True)
+            if later := self._files.get(user, set()) - files:
+                self._files[user] = later
+            else:
+                self._files.pop(user, None)
             return known
 
     async def carry_out(self, user: str, mine: Told, theirs: Told, *, moves: bool) -> None:
@@ -164,15 +176,15 @@ class Renames:
                 )
                 break
             names = await self._names(user)
+        await self._clear_deleted(user, mine, names)
+        there = {name: guid for guid, name in names.items()}
         for name, (guid, at) in relics(names, mine, theirs).items():
-            if self._just_made(user, name, at):
+            # Where a folder was deleted, dsync tells the other server; it may have newer mails.
+            is_ours = guid or mine.left.get(name) == (guid, at)
+            if not is_ours or self._just_made(user, name, at):
                 continue
-            if guid:
-                await self._empty(user, name, guid, names.get(guid), moves=moves)
-            else:
-                here = mine.left.get(name) == (guid, at)
-                if older := await self._older(user, name, at, here=here):
-                    await self._run(user, "expunge", "mailbox", name, "uid", uid_set(older))
+            if guid in names:
+                await self._empty(user, there[name], guid, names[guid], moves=moves)
             # Only if it is empty.
             reply = await self._run(user, "mailbox delete", "-e", "--", name)
             if not reply.code:
@@ -187,37 +199,40 @@ class Renames:
         Raises :class:`DovecotError`.
         """
         given = {name: at for name, at in theirs.renamed.values() if mine.made.get(name, 0.0) < at}
-        await self._in_log(user, changelog.backdate, given)
+        if given and (folder := await self._logs_of(user)):
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(changelog.backdate, folder, given)
 
     async def attest(self, user: str) -> None:
-        """See that dsync, which is about to begin, finds what was renamed here until now.
+        """See that dsync, which is about to begin, finds what was done here until now.
 
         Raises :class:`DovecotError`.
         """
         told = await self.learn(user)
-        await self._in_log(user, changelog.attest, dict(told.renamed.values()))
+        gone = told.gone
+        if gone:
+            there = await self._names(user)
+            gone = {guid: at for guid, at in gone.items() if guid not in there}
+        given = dict(told.renamed.values())
+        if (given or gone) and (folder := await self._logs_of(user)):
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(changelog.attest, folder, given, gone)
 
-    async def _in_log(
-        self,
-        user: str,
-        change: Callable[[Path, Mapping[str, float]], int],
-        given: Mapping[str, float],
-    ) -> None:
-        if not given:
-            return
-        rows = await self._rows(user, 1, "mailbox path", "-t", "index", "--", _INBOX)
-        for folder in Path(rows[0][0]).parents:
-            if (folder / changelog.NAME).exists():
-                with contextlib.suppress(OSError):
-                    await asyncio.to_thread(change, folder, given)
-                return
+    async def _logs_of(self, user: str) -> Path | None:
+        """The folder with Dovecot's log of the user's folders; None where there is none yet."""
+        if user not in self._logs:
+            rows = await self._rows(user, 1, "mailbox path", "-t", "index", "--", _INBOX)
+            for folder in Path(rows[0][0]).parents:
+                if any((folder / log).exists() for log in changelog.LOGS):
+                    self._logs[user] = folder
+        return self._logs.get(user)
 
     def done(self, user: str, told: Told) -> None:
         """The peer knows ``told``."""
         if told:
             state = self._states.of(user)
             known = Told.of(state.told)
-            for part in ("renamed", "left", "made"):
+            for part in ("renamed", "left", "made", "gone"):
                 now, then = getattr(known, part), getattr(told, part)
                 for key in [key for key in now if then.get(key) == now[key]]:
                     del now[key]
@@ -235,37 +250,34 @@ class Renames:
         news = (c.at for c in read(self._files.get(user, ())) if c.new == name)
         return max((known, *news)) >= since
 
-    async def _older(self, user: str, name: str, at: float, *, here: bool) -> list[int]:
-        """UIDs of mails that were in a folder when a user deleted it.
+    async def _clear_deleted(self, user: str, mine: Told, names: Mapping[str, str]) -> None:
+        """Delete mails that dsync brought back with a folder that was deleted here.
 
-        ``here``: whether on this server. dsync carries with a mail when it was saved, in whole
-        seconds. What came from the other server within that of the deletion had been deleted there
-        with the folder; what else was saved then may have come after it.
+        Only if Dovecot, too, tells of that folder that it was; and only what is older. dsync
+        carries with a mail when it was saved, in whole seconds.
         """
-        fields = "uid guid date.saved.unixtime"
-        rows = [
-            (int(uid), guid, int(saved))
-            for uid, guid, saved in await self._rows(user, 3, "fetch", fields, "mailbox", name)
-        ]
-        older = [uid for uid, _, saved in rows if saved < int(at)]
-        close = {uid for uid, _, saved in rows if saved == int(at)}
-        if not close or here:
-            return older
-        ((index,), *_) = await self._rows(user, 1, "mailbox path", "-t", "index", "--", name)
-        logs = await asyncio.to_thread(history.logs, Path(index))
-        lives = history.read(logs, [(uid, guid) for uid, guid, _ in rows])
-        return older + [life.uid for life in lives if life.by_dsync and life.uid in close]
-
-    async def _empty(
-        self, user: str, name: str, guid: str, target: str | None, *, moves: bool
-    ) -> None:
-        """Clear a folder that dsync made of an earlier name; what is in it is in ``guid``.
-
-        ``target``: the name of that one; None where it is gone.
-        """
-        if target is None:
+        again = {
+            guid: at
+            for guid, at in mine.gone.items()
+            if guid in names and mine.left.get(names[guid]) == ("", at)
+        }
+        folder = await self._logs_of(user) if again else None
+        if folder is None:
             return
-        folder = ("mailbox", name)
+        told = await asyncio.to_thread(changelog.deletions, folder)
+        for guid, at in again.items():
+            if abs(told.get(guid, 0) - at) <= _CLOSE:
+                mailbox, fields = ("mailbox-guid", guid), "uid date.saved.unixtime"
+                rows = await self._rows(user, 2, "fetch", fields, *mailbox)
+                if older := [int(uid) for uid, saved in rows if int(saved) < int(at)]:
+                    await self._run(user, "expunge", *mailbox, "uid", uid_set(older))
+
+    async def _empty(self, user: str, relic: str, guid: str, target: str, *, moves: bool) -> None:
+        """Clear a folder that dsync made of an earlier name of another one.
+
+        ``relic`` and ``guid`` are the GUIDs of the two, ``target`` is the name of the other one.
+        """
+        folder = ("mailbox-guid", relic)
         rows = await self._rows(user, 2, "fetch", "uid guid", *folder)
         there = await self._rows(user, 1, "fetch", "guid", "mailbox-guid", guid)
         known = {mail for (mail,) in there}
@@ -327,41 +339,45 @@ def add(
     """
     guids = {name: guid for guid, name in names.items()}
     origins = dict(seen)
-    renamed, left, made = dict(known.renamed), dict(known.left), dict(known.made)
+    renamed, left = dict(known.renamed), dict(known.left)
+    made, gone = dict(known.made), dict(known.gone)
     chains: dict[str, list[Change]] = {}
     for change in changes:
-        before = chains.pop(change.old, [])
-        origin = origins.pop(change.old, None)
-        if change.new and (origin or not change.old):
-            origins[change.new] = origin or ""
+        chain = [*chains.pop(change.old, []), change]
+        origin = origins.pop(change.old, "")
         if change.old:
             made.pop(change.old, None)
-        if not change.new:
-            gone = {c.old for c in (*before, change)}
-            for which in [guid for guid, (name, _) in renamed.items() if name in gone]:
-                del renamed[which]
-                gone |= {name for name, (guid, _) in left.items() if guid == which}
-            left |= dict.fromkeys(gone, ("", change.at))
+        if change.new:
+            origins[change.new] = origin
+            left.pop(change.new, None)
+            made[change.new] = change.at
+            if change.old:
+                chains[change.new] = chain
             continue
-        left.pop(change.new, None)
-        made[change.new] = change.at
-        if change.old:
-            chains[change.new] = [*before, change]
+        # A name that another folder got since is that one's.
+        deleted = {c.old for c in chain if made.get(c.old, 0.0) < c.at}
+        for guid in [g for g, (name, _) in renamed.items() if name == chain[0].old]:
+            del renamed[guid]
+            origin = guid
+            deleted |= {name for name, (which, _) in left.items() if which == guid}
+        left |= dict.fromkeys(deleted, ("", change.at))
+        if origin:
+            gone[origin] = change.at
     missing = False
     for name, chain in chains.items():
         first, last = chain[0], chain[-1]
-        guid = guids.get(name)
-        if guid is None and made.get(first.old, 0.0) < last.at:
+        found = guids.get(name)
+        if found is None and made.get(first.old, 0.0) < last.at:
             # dsync has taken the name back already.
-            guid = guids.get(first.old)
-        if guid is None:
+            found = guids.get(first.old)
+        if found is None:
             missing = True
-            # It is gone: what the peer has of it has an earlier name.
-            guid = origins.get(name)
-        if guid:
-            renamed[guid] = (name, last.at)
-            left |= {c.old: (guid, c.at) for c in chain if made.get(c.old, 0.0) < c.at}
-    return Told(renamed, left, made), missing
+            # Where it is gone, what the peer has of it has an earlier name.
+            found = origins[name] if origins[name] not in names else None
+        if found:
+            renamed[found] = (name, last.at)
+            left |= {c.old: (found, c.at) for c in chain if made.get(c.old, 0.0) < c.at}
+    return Told(renamed, left, made, gone), missing
 
 
 def latest(one: Told, other: Told) -> dict[str, str]:

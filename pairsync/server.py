@@ -252,7 +252,8 @@ class Server:
         except TimeoutError:
             return False
         finally:
-            if well:
+            if well and state:
+                # Without a state, something changed meanwhile: the peer has not done with it.
                 self._renames.done(user, mine)
             self._guests.left(user, well=well, state=state)
             if local is not None and traffic.size:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pairsync.changelog import NAME, attest, backdate
+from pairsync.changelog import LOGS, attest, backdate, deletions
 
-RENAME, SUBSCRIBE = 3, 4
+DELETE, RENAME, SUBSCRIBE = 1, 3, 4
+OLDER, NAME = LOGS
+GUID = "0123456789abcdef" * 2
 
 
 def record(kind: int, name: str, seconds: int) -> bytes:
@@ -32,7 +34,7 @@ def test_a_rename_gets_the_users_time_and_nothing_else_does(tmp_path: Path) -> N
 
 
 def test_the_older_log_is_looked_into_as_well(tmp_path: Path) -> None:
-    older = tmp_path / f"{NAME}.2"
+    older = tmp_path / OLDER
     older.write_bytes(record(RENAME, "a", 9))
     assert backdate(tmp_path, {"a": 5.0}) == 1
     assert older.read_bytes() == record(RENAME, "a", 5)
@@ -47,14 +49,36 @@ def test_a_record_that_is_being_written_is_left_alone(tmp_path: Path, left: int)
     assert log.read_bytes() == content
 
 
+def gone(guid: str, seconds: int) -> bytes:
+    return bytes([DELETE, 0, 0, 0]) + bytes.fromhex(guid) + struct.pack(">I", seconds)
+
+
 def test_a_rename_that_is_not_known_is_added(tmp_path: Path) -> None:
-    (tmp_path / f"{NAME}.2").write_bytes(record(RENAME, "a", 5))
+    (tmp_path / OLDER).write_bytes(record(RENAME, "a", 5))
     log = tmp_path / NAME
     there = record(RENAME, "b", 4) + record(SUBSCRIBE, "c", 9)
     log.write_bytes(there)
-    assert attest(tmp_path, {"a": 5.9, "b": 5.9, "c": 5.9}) == 2
+    given = dict.fromkeys("abc", 5.9)
+    assert attest(tmp_path, given, {}) == 2
     assert log.read_bytes() == there + record(RENAME, "b", 5) + record(RENAME, "c", 5)
-    assert attest(tmp_path, {"a": 5.9, "b": 5.9, "c": 5.9}) == 0
+    assert attest(tmp_path, given, {}) == 0
+
+
+def test_a_deletion_that_is_not_known_is_added(tmp_path: Path) -> None:
+    known = "f" * 32
+    log = tmp_path / NAME
+    log.write_bytes(gone(known, 4))
+    assert attest(tmp_path, {}, {GUID: 5.9, known: 9.0}) == 1
+    assert log.read_bytes() == gone(known, 4) + gone(GUID, 5)
+    assert deletions(tmp_path) == {known: 4, GUID: 5}
+
+
+def test_no_new_log_is_made_for_what_is_added(tmp_path: Path) -> None:
+    """Dovecot has just put the last one aside: some session may do it again with a new one."""
+    (tmp_path / OLDER).write_bytes(record(RENAME, "a", 5))
+    assert attest(tmp_path, {"b": 6.0}, {}) == 1
+    assert (tmp_path / OLDER).read_bytes() == record(RENAME, "a", 5) + record(RENAME, "b", 6)
+    assert not (tmp_path / NAME).exists()
 
 
 def test_there_may_be_no_log(tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pairsync import changelog, history
+from pairsync import changelog
 from pairsync.doveadm import Doveadm, DovecotError, Reply
-from pairsync.history import Life
 from pairsync.renames import (
     NOTHING,
     Change,
@@ -121,7 +120,24 @@ def test_a_folder_that_is_deleted_before_its_rename_is_learned_is_known_by_what_
     assert renamed == Told({"G": ("c", 1.0)}, {"a": ("G", 1.0)}, {"c": 1.0})
     assert missing
     told, _ = add(renamed, [Change("c", "", 2.0)], {})
-    assert told == Told({}, dict.fromkeys("ac", ("", 2.0)), {})
+    assert told == Told({}, dict.fromkeys("ac", ("", 2.0)), {}, {"G": 2.0})
+
+
+def test_a_name_that_another_folder_got_is_not_deleted_with_the_one_that_had_it() -> None:
+    changes = [Change("a", "b", 1.0), Change("q", "a", 2.0), Change("b", "", 3.0)]
+    told, _ = add(NOTHING, changes, {"Q": "a"}, {"a": "G", "q": "Q"})
+    assert told == Told(
+        {"Q": ("a", 2.0)}, {"b": ("", 3.0), "q": ("Q", 2.0)}, {"a": 2.0}, {"G": 3.0}
+    )
+    made = [Change("a", "b", 1.0), Change("", "a", 2.0), Change("b", "", 3.0)]
+    told, _ = add(NOTHING, made, {"N": "a"}, {"a": "G"})
+    assert told == Told({}, {"b": ("", 3.0)}, {"a": 2.0}, {"G": 3.0})
+
+
+def test_a_folder_that_is_there_is_not_taken_for_one_that_is_gone() -> None:
+    told, missing = add(NOTHING, [Change("q", "c", 1.0)], {"X": "d"}, {"q": "X"})
+    assert told.renamed == {}
+    assert missing
 
 
 @pytest.mark.parametrize("first", [Change("", "a", 1.0), Change("a", "", 1.0)])
@@ -135,7 +151,7 @@ def test_another_folder_of_the_name_is_not_taken_for_what_was_seen(first: Change
 def test_a_folder_that_was_renamed_before_is_deleted_under_all_of_its_names() -> None:
     renamed, _ = add(NOTHING, [Change("a", "b", 1.0)], {"G": "b"})
     told, missing = add(renamed, [Change("b", "c", 2.0), Change("c", "", 3.0)], {})
-    assert told == Told({}, dict.fromkeys("abc", ("", 3.0)), {})
+    assert told == Told({}, dict.fromkeys("abc", ("", 3.0)), {}, {"G": 3.0})
     assert not missing
 
 
@@ -279,28 +295,82 @@ def test_news_of_other_folders_keep_none(tmp_path: Path) -> None:
     assert dovecot.did == [("mailbox delete", "-e", "--", "a")]
 
 
-@pytest.mark.parametrize("here", [True, False])
-def test_of_a_deleted_folder_goes_what_is_older_than_the_deletion(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool
+def deleted(folder: Path, guid: str, seconds: int) -> Path:
+    """Dovecot's log tells that a folder was deleted; where the inbox's index is."""
+    inbox = folder / "mdbox" / "mailboxes" / "INBOX"
+    inbox.mkdir(parents=True)
+    record = bytes([1, 0, 0, 0]) + bytes.fromhex(guid) + struct.pack(">I", seconds)
+    (folder / "mdbox" / changelog.LOGS[-1]).write_bytes(record)
+    return inbox
+
+
+GUID = "ab" * 16
+
+
+@pytest.mark.parametrize(
+    ("gone", "name", "logged"),
+    [
+        pytest.param({GUID: 20.9}, "a", 20, id="it-is-the-one"),
+        pytest.param({}, "a", 20, id="another-of-its-name"),
+        pytest.param({GUID: 20.9}, "b", 20, id="under-another-name"),
+        pytest.param({GUID: 20.9}, "a", 90, id="Dovecot-knows-of-another-deletion"),
+    ],
+)
+def test_mails_go_with_the_very_folder_that_was_deleted_here_if_they_are_older(
+    tmp_path: Path, gone: dict[str, float], name: str, logged: int
 ) -> None:
-    told = Told(left={"a": ("", 20.9)})
-    dovecot = Dovecot({"G": "a"})
-    guids = {uid: f"{uid:032x}" for uid in range(1, 5)}
-    dovecot.mails = [(str(u), guids[u], str(saved)) for u, saved in enumerate((19, 20, 20, 21), 1)]
-    lives = [Life(uid, guids[uid], by_dsync=uid != 3, is_there=True) for uid in guids]
-    monkeypatch.setattr(history, "read", lambda logs, present: lives)
+    dovecot = Dovecot({GUID: name})
+    dovecot.index = deleted(tmp_path, GUID, logged)
+    dovecot.mails = [(str(uid), str(saved)) for uid, saved in enumerate((19, 20, 21), 1)]
+    mine = Told(left={"a": ("", 20.9)}, gone=gone)
+    asyncio.run(made(tmp_path, dovecot).carry_out("jane", mine, NOTHING, moves=True))
+    took = [words for words in dovecot.did if words[0] == "expunge"]
+    is_the_one = gone and name == "a" and logged == 20
+    assert took == ([("expunge", "mailbox-guid", GUID, "uid", "1")] if is_the_one else [])
+    asked = ("mailbox delete", "-e", "--", "a") in dovecot.did
+    assert asked is (name == "a")
+
+
+def test_what_was_deleted_on_the_other_server_is_left_to_dsync(tmp_path: Path) -> None:
+    dovecot = Dovecot({GUID: "a"})
+    theirs = Told(left={"a": ("", 20.9)}, gone={GUID: 20.9})
+    asyncio.run(made(tmp_path, dovecot).carry_out("jane", NOTHING, theirs, moves=True))
+    assert dovecot.did == []
+
+
+def test_dsync_finds_what_dovecot_did_not_keep_of_renames_and_deletions(tmp_path: Path) -> None:
+    other = "cd" * 16
+    dovecot = Dovecot({other: "b"})
+    dovecot.index = deleted(tmp_path, other, 5)
+    log = tmp_path / "mdbox" / changelog.LOGS[-1]
+    before = log.read_bytes()
     renames = made(tmp_path, dovecot)
-    mine, theirs = (told, NOTHING) if here else (NOTHING, told)
-    asyncio.run(renames.carry_out("jane", mine, theirs, moves=True))
-    gone = "1" if here else "1:2"
-    assert dovecot.did[-2:] == [
-        ("expunge", "mailbox", "a", "uid", gone),
-        ("mailbox delete", "-e", "--", "a"),
-    ]
+    renames._states.of("jane/x").told = Told(
+        renamed={other: ("b", 7.5)}, gone={GUID: 6.5, other: 5.5}
+    ).document()
+    asyncio.run(renames.attest("jane/x"))
+    name = hashlib.sha1(b"b").digest()[:16]
+    assert log.read_bytes() == before + bytes([3, 0, 0, 0]) + name + struct.pack(">I", 7) + (
+        bytes([1, 0, 0, 0]) + bytes.fromhex(GUID) + struct.pack(">I", 6)
+    )
+
+
+def test_what_is_told_while_a_file_is_learned_does_not_come_back(tmp_path: Path) -> None:
+    class Slow(Dovecot):
+        async def run(self, user: str, *words: str) -> Reply:
+            renames.done("jane/x", told)
+            return await super().run(user, *words)
+
+    dovecot = Slow({"G": "b"})
+    renames = made(tmp_path, dovecot)
+    told = Told(left={"a": ("", 5.0)})
+    renames._states.of("jane/x").told = told.document()
+    renames.note(hook(tmp_path, "", "b", 6.0))
+    assert asyncio.run(renames.learn("jane/x")) == Told(made={"b": 6.0})
 
 
 def test_a_name_of_the_peers_gets_its_time_and_one_of_ours_keeps_it(tmp_path: Path) -> None:
-    log = tmp_path / "mdbox" / changelog.NAME
+    log = tmp_path / "mdbox" / changelog.LOGS[-1]
     dovecot = Dovecot({"G": "a", "H": "b"})
     dovecot.index = log.parent / "mailboxes" / "INBOX"
     dovecot.index.mkdir(parents=True)
