@@ -150,7 +150,7 @@ class Authority:
             .sign(parent.key if parent else key, hashes.SHA256())
         )
         chain = _pem(certificate) + (_pem(parent.certificate) if parent else "")
-        self._write(path, chain + _key_pem(key))
+        self._write(path, chain + _key_pem(key), keep=not path.exists())
         return _split(path.read_text(encoding="ascii"), tuple(names))
 
     def _builder(

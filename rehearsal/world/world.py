@@ -405,7 +405,7 @@ class World:
                 status = _get(
                     trusted.wrap_socket(connection, server_hostname=plan.ACME_NAME), "/dir"
                 )
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 return f"{address}: {error}"
             if status != http.client.OK:
                 return f"{address}: status {status}"
