@@ -6,10 +6,10 @@ the folder again within that second, or while a run is on, may get the name befo
 server writes down the user's time instead.
 
 And Dovecot keeps the last 170 records, twice, and for up to a minute a session goes on writing into
-a log that is gone. So where there are many changes a user's may not be in it, and is added.
+a log that is gone. So where there are many changes a user's rename may not be in it, and is added.
 
-The log consists of records of one size (mailbox-log.h, Dovecot 2.4), which are appended and never
-changed; of a name there is a digest in it. Dovecot reads it anew for each run.
+The log consists of records of one size (mailbox-log.h, Dovecot 2.4), which Dovecot appends and
+never changes; of a name there is a digest in it. Dovecot reads it anew for each run.
 """
 
 from __future__ import annotations
@@ -63,21 +63,24 @@ def backdate(folder: Path, given: Mapping[str, float]) -> int:
     return changed
 
 
-def attest(folder: Path, given: Mapping[str, float], deleted: Mapping[str, float]) -> int:
-    """Add what the logs do not tell; returns how many records were added.
+def attest(folder: Path, given: Mapping[str, float]) -> int:
+    """Add names of which the logs do not tell that they were given then, or later.
 
-    ``deleted``: GUID of a folder -> when; the rest is as for :func:`backdate`. A name is added that
-    was not given then or later. Raises OSError.
+    Arguments and errors as for :func:`backdate`; returns how many were added. Deletions are not
+    added: dsync obeys them whatever came afterwards.
     """
-    known: dict[tuple[int, bytes], int] = {}
+    known: dict[bytes, int] = {}
     for log in LOGS:
-        known |= {(r.kind, r.what): r.seconds for r in _read(folder / log)}
-    wanted = {(_RENAME, _digest(name)): int(at) for name, at in given.items()}
-    missing = [key for key, at in wanted.items() if known.get(key, -1) < at]
-    wanted |= {(_DELETE, bytes.fromhex(guid)): int(at) for guid, at in deleted.items()}
-    missing += [key for key in wanted if key[0] == _DELETE and key not in known]
-    if missing:
-        _append(folder, b"".join(_RECORD.pack(*key, wanted[key]) for key in missing))
+        known |= {r.what: r.seconds for r in _read(folder / log) if r.kind == _RENAME}
+    missing = [
+        _RECORD.pack(_RENAME, digest, int(at))
+        for name, at in given.items()
+        if known.get(digest := _digest(name), -1) < int(at)
+    ]
+    # A new log would let a session that writes into one that is gone do away with the older one.
+    there = [folder / log for log in reversed(LOGS) if (folder / log).exists()]
+    if missing and there:
+        _append(there[0], b"".join(missing))
     return len(missing)
 
 
@@ -89,10 +92,8 @@ def deletions(folder: Path) -> dict[str, int]:
     return found
 
 
-def _append(folder: Path, data: bytes) -> None:
-    # A new log would let a session that writes into one that is gone do away with the older one.
-    place = next(folder / log for log in reversed(LOGS) if (folder / log).exists())
-    handle = os.open(place, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+def _append(log: Path, data: bytes) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
     try:
         size = os.fstat(handle).st_size
         if os.write(handle, data) < len(data):

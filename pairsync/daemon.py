@@ -190,6 +190,7 @@ class Daemon:
         for event in self._changes.read():
             if event.mask & inotify.OVERFLOW:
                 self._rescan()
+                self._renames.scan()
             elif user := user_name(event.name):
                 self._notice(user, time.time())
             elif user := self._renames.note(event.name):

@@ -9,7 +9,7 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,14 +62,16 @@ class Grant:
     """The peer agrees to a run.
 
     ``deleted``: Sieve scripts that were deleted there -> version. ``told``: of folders that were
-    made and renamed there. ``repair``: None, or what both
-    had after the last good run that the peer knows of; then it waits for :mod:`pairsync.repair`.
-    ``broken``: as far as it knows, a run broke off since.
+    made and renamed there. ``stay``: names of folders that it could not take away, since there are
+    mails in them. ``repair``: None, or what both had after the last good run that the peer knows
+    of; then it waits for :mod:`pairsync.repair`. ``broken``: as far as it knows, a run broke off
+    since.
     """
 
     link: Link
     deleted: Mapping[str, float]
     told: Told
+    stay: Sequence[str]
     repair: Mapping[str, int] | None
     broken: bool
 
@@ -155,6 +157,7 @@ class Peer:
                 link,
                 _times(answer.get("deleted")),
                 Told.of(answer.get("told")),
+                [str(name) for name in answer.get("stay", ())],
                 answer.get("repair"),
                 bool(answer.get("broken")),
             )

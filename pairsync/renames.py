@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 _SIGN = "!"
 _INBOX = "INBOX"
+_SEPARATOR = "/"
 _SECONDS = 20.0
 _SEEN = 500
 _CLOSE = 2.0
@@ -60,16 +61,14 @@ class Told:
     :param left: name that a folder had before -> that folder, and when it was renamed; or that of a
         deleted folder -> an empty text, and when
     :param made: name that a user gave, to a new folder or an old one -> when
-    :param gone: folder that a user deleted (its GUID, where that is known) -> when
     """
 
     renamed: dict[str, Named] = field(default_factory=dict)
     left: dict[str, Named] = field(default_factory=dict)
     made: dict[str, float] = field(default_factory=dict)
-    gone: dict[str, float] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.renamed or self.left or self.made or self.gone)
+        return bool(self.renamed or self.left or self.made)
 
     def document(self) -> dict[str, Any]:
         """For the peer."""
@@ -83,13 +82,8 @@ class Told:
         return cls(
             _named(document["renamed"]),
             _named(document["left"]),
-            _times(document["made"]),
-            _times(document.get("gone", {})),
+            {str(name): float(at) for name, at in document["made"].items()},
         )
-
-
-def _times(document: Mapping[str, Any]) -> dict[str, float]:
-    return {str(key): float(at) for key, at in document.items()}
 
 
 def _named(document: Mapping[str, Any]) -> dict[str, Named]:
@@ -146,6 +140,8 @@ class Renames:
             self._remember(user, state, known)
             for name in {change.old for change in changes} - set(names.values()):
                 self._seen[user].pop(name, None)
+            if self._states.problem:
+                return known
             for path in files:
                 path.unlink(missing_ok=True)
             if later := self._files.get(user, set()) - files:
@@ -154,15 +150,25 @@ class Renames:
                 self._files.pop(user, None)
             return known
 
-    async def carry_out(self, user: str, mine: Told, theirs: Told, *, moves: bool) -> None:
+    async def carry_out(
+        self,
+        user: str,
+        mine: Told,
+        theirs: Told,
+        *,
+        moves: bool,
+        spared: Collection[str] = (),
+    ) -> list[str]:
         """Give the folders that are here the names that they were given last.
 
         What is in the way is left to dsync. ``moves``: whether this server moves mails that are
-        under an earlier name alone; the other one gets to know it by the run. Raises
+        under an earlier name alone; the other one gets to know it by the run. ``spared``: names of
+        folders that stay, since dsync would delete them on the other server, which told that
+        there are mails in them. Returns names of folders that stay for that reason here. Raises
         :class:`DovecotError`.
         """
         if not mine and not theirs:
-            return
+            return []
         wanted = latest(mine, theirs)
         names = await self._names(user)
         for _ in range(2 * len(wanted)):
@@ -176,22 +182,33 @@ class Renames:
                 )
                 break
             names = await self._names(user)
-        await self._clear_deleted(user, mine, names)
         there = {name: guid for guid, name in names.items()}
+        stay = []
         for name, (guid, at) in relics(names, mine, theirs).items():
-            # Where a folder was deleted, dsync tells the other server; it may have newer mails.
-            is_ours = guid or mine.left.get(name) == (guid, at)
-            if not is_ours or self._just_made(user, name, at):
+            relic = there[name]
+            if self._just_made(user, name, at):
                 continue
-            if guid in names:
-                await self._empty(user, there[name], guid, names[guid], moves=moves)
+            if guid:
+                if guid in names:
+                    await self._empty(user, relic, guid, names[guid], moves=moves)
+            else:
+                # The other server's is deleted by dsync.
+                is_ours = mine.left.get(name) == (guid, at)
+                if not is_ours or not await self._came_back(user, relic, at):
+                    continue
+                await self._expunge_older(user, relic, at)
+            if name in spared:
+                continue
             # Only if it is empty.
             reply = await self._run(user, "mailbox delete", "-e", "--", name)
-            if not reply.code:
+            if reply.code:
+                stay.append(name)
+            else:
                 notify.log(
                     notify.INFO, f"{user}: {name} is taken away: a user renamed or deleted it"
                 )
         await self.backdate(user, mine, theirs)
+        return stay
 
     async def backdate(self, user: str, mine: Told, theirs: Told) -> None:
         """Let a later rename by a user win over those that are carried, now or by a run before.
@@ -204,27 +221,26 @@ class Renames:
                 await asyncio.to_thread(changelog.backdate, folder, given)
 
     async def attest(self, user: str) -> None:
-        """See that dsync, which is about to begin, finds what was done here until now.
+        """See that dsync, which is about to begin, finds what was renamed here until now.
 
         Raises :class:`DovecotError`.
         """
-        told = await self.learn(user)
-        gone = told.gone
-        if gone:
-            there = await self._names(user)
-            gone = {guid: at for guid, at in gone.items() if guid not in there}
-        given = dict(told.renamed.values())
-        if (given or gone) and (folder := await self._logs_of(user)):
+        given = dict((await self.learn(user)).renamed.values())
+        if given and (folder := await self._logs_of(user)):
             with contextlib.suppress(OSError):
-                await asyncio.to_thread(changelog.attest, folder, given, gone)
+                await asyncio.to_thread(changelog.attest, folder, given)
 
     async def _logs_of(self, user: str) -> Path | None:
         """The folder with Dovecot's log of the user's folders; None where there is none yet."""
         if user not in self._logs:
-            rows = await self._rows(user, 1, "mailbox path", "-t", "index", "--", _INBOX)
+            try:
+                rows = await self._rows(user, 1, "mailbox path", "-t", "index", "--", _INBOX)
+            except NoUser:
+                return None
             for folder in Path(rows[0][0]).parents:
                 if any((folder / log).exists() for log in changelog.LOGS):
                     self._logs[user] = folder
+                    break
         return self._logs.get(user)
 
     def done(self, user: str, told: Told) -> None:
@@ -232,7 +248,7 @@ class Renames:
         if told:
             state = self._states.of(user)
             known = Told.of(state.told)
-            for part in ("renamed", "left", "made", "gone"):
+            for part in ("renamed", "left", "made"):
                 now, then = getattr(known, part), getattr(told, part)
                 for key in [key for key in now if then.get(key) == now[key]]:
                     del now[key]
@@ -246,31 +262,29 @@ class Renames:
 
     def _just_made(self, user: str, name: str, since: float) -> bool:
         """Whether a user gave a name while a run was being prepared."""
-        known = Told.of(self._states.of(user).told).made.get(name, 0.0)
-        news = (c.at for c in read(self._files.get(user, ())) if c.new == name)
-        return max((known, *news)) >= since
+        known = Told.of(self._states.of(user).told).made
+        news = {c.new: c.at for c in read(self._files.get(user, ()))}
+        return max(given_at(known, name), given_at(news, name)) >= since
 
-    async def _clear_deleted(self, user: str, mine: Told, names: Mapping[str, str]) -> None:
-        """Delete mails that dsync brought back with a folder that was deleted here.
-
-        Only if Dovecot, too, tells of that folder that it was; and only what is older. dsync
-        carries with a mail when it was saved, in whole seconds.
-        """
-        again = {
-            guid: at
-            for guid, at in mine.gone.items()
-            if guid in names and mine.left.get(names[guid]) == ("", at)
-        }
-        folder = await self._logs_of(user) if again else None
+    async def _came_back(self, user: str, guid: str, at: float) -> bool:
+        """Whether Dovecot, too, tells that this very folder was deleted here, about then."""
+        folder = await self._logs_of(user)
         if folder is None:
-            return
-        told = await asyncio.to_thread(changelog.deletions, folder)
-        for guid, at in again.items():
-            if abs(told.get(guid, 0) - at) <= _CLOSE:
-                mailbox, fields = ("mailbox-guid", guid), "uid date.saved.unixtime"
-                rows = await self._rows(user, 2, "fetch", fields, *mailbox)
-                if older := [int(uid) for uid, saved in rows if int(saved) < int(at)]:
-                    await self._run(user, "expunge", *mailbox, "uid", uid_set(older))
+            return False
+        with contextlib.suppress(OSError):
+            told = await asyncio.to_thread(changelog.deletions, folder)
+            return abs(told.get(guid, 0) - at) <= _CLOSE
+        return False
+
+    async def _expunge_older(self, user: str, guid: str, at: float) -> None:
+        """Delete mails of a folder that were in it when it was deleted.
+
+        dsync carries with a mail when it was saved, in whole seconds.
+        """
+        folder = ("mailbox-guid", guid)
+        rows = await self._rows(user, 2, "fetch", "uid date.saved.unixtime", *folder)
+        if older := [int(uid) for uid, saved in rows if int(saved) < int(at)]:
+            await self._run(user, "expunge", *folder, "uid", uid_set(older))
 
     async def _empty(self, user: str, relic: str, guid: str, target: str, *, moves: bool) -> None:
         """Clear a folder that dsync made of an earlier name of another one.
@@ -294,10 +308,10 @@ class Renames:
             names = await _limited(user, self._doveadm.folders(user))
         except NoUser:
             names = {}
-        seen = self._seen.setdefault(user, {})
-        if len(seen) > len(names) + _SEEN:
+        seen = {name: g for name, g in self._seen.get(user, {}).items() if g not in names}
+        if len(seen) > _SEEN:
             seen.clear()
-        seen.update((name, guid) for guid, name in names.items())
+        self._seen[user] = seen | {name: guid for guid, name in names.items()}
         return names
 
     async def _rows(self, user: str, width: int, *words: str) -> list[tuple[str, ...]]:
@@ -340,7 +354,7 @@ def add(
     guids = {name: guid for guid, name in names.items()}
     origins = dict(seen)
     renamed, left = dict(known.renamed), dict(known.left)
-    made, gone = dict(known.made), dict(known.gone)
+    made = dict(known.made)
     chains: dict[str, list[Change]] = {}
     for change in changes:
         chain = [*chains.pop(change.old, []), change]
@@ -358,11 +372,8 @@ def add(
         deleted = {c.old for c in chain if made.get(c.old, 0.0) < c.at}
         for guid in [g for g, (name, _) in renamed.items() if name == chain[0].old]:
             del renamed[guid]
-            origin = guid
             deleted |= {name for name, (which, _) in left.items() if which == guid}
         left |= dict.fromkeys(deleted, ("", change.at))
-        if origin:
-            gone[origin] = change.at
     missing = False
     for name, chain in chains.items():
         first, last = chain[0], chain[-1]
@@ -377,7 +388,7 @@ def add(
         if found:
             renamed[found] = (name, last.at)
             left |= {c.old: (found, c.at) for c in chain if made.get(c.old, 0.0) < c.at}
-    return Told(renamed, left, made, gone), missing
+    return Told(renamed, left, made), missing
 
 
 def latest(one: Told, other: Told) -> dict[str, str]:
@@ -406,6 +417,12 @@ def next_rename(names: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[st
     return None
 
 
+def given_at(made: Mapping[str, float], name: str) -> float:
+    """When a user gave a folder its name: that folder, or one that it is in was made or renamed."""
+    parts = name.split(_SEPARATOR)
+    return max(made.get(_SEPARATOR.join(parts[:n]), 0.0) for n in range(1, len(parts) + 1))
+
+
 def relics(names: Mapping[str, str], one: Told, other: Told) -> dict[str, Named]:
     """Folders here that have a name which nobody gave them.
 
@@ -415,7 +432,7 @@ def relics(names: Mapping[str, str], one: Told, other: Told) -> dict[str, Named]
     found = {}
     for name in {*one.left, *other.left}:
         guid, at = max((t.left[name] for t in (one, other) if name in t.left), key=lambda n: n[1])
-        made = max(told.made.get(name, 0.0) for told in (one, other))
+        made = max(given_at(told.made, name) for told in (one, other))
         is_there = any(n == name and g != guid for g, n in names.items())
         if is_there and made < at:
             found[name] = (guid, at)

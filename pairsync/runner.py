@@ -189,7 +189,9 @@ class Runner:
             try:
                 self._turns.granted(job.user)
                 await self._delete_scripts(job.user, {**deleted, **grant.deleted})
-                await self._renames.carry_out(job.user, told, grant.told, moves=True)
+                await self._renames.carry_out(
+                    job.user, told, grant.told, moves=True, spared=grant.stay
+                )
                 if grant.repair is not None:
                     await self._repair(job.user, grant, broken=broken or grant.broken)
                     state, seconds = "", sync.silence_full

@@ -212,8 +212,8 @@ class Server:
             gone = await self._deletions(user, deleted)
             mine = await self._renames.learn(user)
             theirs = Told.of(request.get("told"))
-            await self._renames.carry_out(user, mine, theirs, moves=False)
-            told = {"deleted": dict(gone), "told": mine.document()}
+            stay = await self._renames.carry_out(user, mine, theirs, moves=False)
+            told = {"deleted": dict(gone), "told": mine.document(), "stay": stay}
             local_reader, local = await self._doveadm.connect()
             if self._guests.rests(user):
                 await send(writer, {"busy": True})

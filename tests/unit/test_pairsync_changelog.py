@@ -59,24 +59,21 @@ def test_a_rename_that_is_not_known_is_added(tmp_path: Path) -> None:
     there = record(RENAME, "b", 4) + record(SUBSCRIBE, "c", 9)
     log.write_bytes(there)
     given = dict.fromkeys("abc", 5.9)
-    assert attest(tmp_path, given, {}) == 2
+    assert attest(tmp_path, given) == 2
     assert log.read_bytes() == there + record(RENAME, "b", 5) + record(RENAME, "c", 5)
-    assert attest(tmp_path, given, {}) == 0
+    assert attest(tmp_path, given) == 0
 
 
-def test_a_deletion_that_is_not_known_is_added(tmp_path: Path) -> None:
-    known = "f" * 32
-    log = tmp_path / NAME
-    log.write_bytes(gone(known, 4))
-    assert attest(tmp_path, {}, {GUID: 5.9, known: 9.0}) == 1
-    assert log.read_bytes() == gone(known, 4) + gone(GUID, 5)
-    assert deletions(tmp_path) == {known: 4, GUID: 5}
+def test_deletions_are_known_by_the_folders_guids(tmp_path: Path) -> None:
+    (tmp_path / OLDER).write_bytes(gone(GUID, 3) + record(RENAME, "a", 5))
+    (tmp_path / NAME).write_bytes(gone(GUID, 4) + gone("f" * 32, 9)[:-1])
+    assert deletions(tmp_path) == {GUID: 4}
 
 
 def test_no_new_log_is_made_for_what_is_added(tmp_path: Path) -> None:
     """Dovecot has just put the last one aside: some session may do it again with a new one."""
     (tmp_path / OLDER).write_bytes(record(RENAME, "a", 5))
-    assert attest(tmp_path, {"b": 6.0}, {}) == 1
+    assert attest(tmp_path, {"b": 6.0}) == 1
     assert (tmp_path / OLDER).read_bytes() == record(RENAME, "a", 5) + record(RENAME, "b", 6)
     assert not (tmp_path / NAME).exists()
 

@@ -21,6 +21,7 @@ from pairsync.renames import (
     Renames,
     Told,
     add,
+    given_at,
     latest,
     next_rename,
     read,
@@ -120,18 +121,16 @@ def test_a_folder_that_is_deleted_before_its_rename_is_learned_is_known_by_what_
     assert renamed == Told({"G": ("c", 1.0)}, {"a": ("G", 1.0)}, {"c": 1.0})
     assert missing
     told, _ = add(renamed, [Change("c", "", 2.0)], {})
-    assert told == Told({}, dict.fromkeys("ac", ("", 2.0)), {}, {"G": 2.0})
+    assert told == Told({}, dict.fromkeys("ac", ("", 2.0)), {})
 
 
 def test_a_name_that_another_folder_got_is_not_deleted_with_the_one_that_had_it() -> None:
     changes = [Change("a", "b", 1.0), Change("q", "a", 2.0), Change("b", "", 3.0)]
     told, _ = add(NOTHING, changes, {"Q": "a"}, {"a": "G", "q": "Q"})
-    assert told == Told(
-        {"Q": ("a", 2.0)}, {"b": ("", 3.0), "q": ("Q", 2.0)}, {"a": 2.0}, {"G": 3.0}
-    )
+    assert told == Told({"Q": ("a", 2.0)}, {"b": ("", 3.0), "q": ("Q", 2.0)}, {"a": 2.0})
     made = [Change("a", "b", 1.0), Change("", "a", 2.0), Change("b", "", 3.0)]
     told, _ = add(NOTHING, made, {"N": "a"}, {"a": "G"})
-    assert told == Told({}, {"b": ("", 3.0)}, {"a": 2.0}, {"G": 3.0})
+    assert told == Told({}, {"b": ("", 3.0)}, {"a": 2.0})
 
 
 def test_a_folder_that_is_there_is_not_taken_for_one_that_is_gone() -> None:
@@ -151,7 +150,7 @@ def test_another_folder_of_the_name_is_not_taken_for_what_was_seen(first: Change
 def test_a_folder_that_was_renamed_before_is_deleted_under_all_of_its_names() -> None:
     renamed, _ = add(NOTHING, [Change("a", "b", 1.0)], {"G": "b"})
     told, missing = add(renamed, [Change("b", "c", 2.0), Change("c", "", 3.0)], {})
-    assert told == Told({}, dict.fromkeys("abc", ("", 3.0)), {}, {"G": 3.0})
+    assert told == Told({}, dict.fromkeys("abc", ("", 3.0)), {})
     assert not missing
 
 
@@ -273,7 +272,7 @@ def test_a_user_who_is_gone_is_left_to_the_run(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_not_taken_away_that_was_just_made(tmp_path: Path) -> None:
-    left = Told(left={"a": ("", 2.0)})
+    left = Told(left={"a": ("H", 2.0)})
     dovecot = Dovecot({"G": "a"})
     renames = made(tmp_path, dovecot)
     renames.note(hook(tmp_path, "", "a", 5.0))
@@ -286,7 +285,7 @@ def test_a_folder_is_not_taken_away_that_was_just_made(tmp_path: Path) -> None:
 
 
 def test_news_of_other_folders_keep_none(tmp_path: Path) -> None:
-    left = Told(left={"a": ("", 2.0)})
+    left = Told(left={"a": ("H", 2.0)})
     dovecot = Dovecot({"G": "a"})
     renames = made(tmp_path, dovecot)
     for other in (("", "b", 5.0), ("a", "c", 1.0)):
@@ -308,51 +307,76 @@ GUID = "ab" * 16
 
 
 @pytest.mark.parametrize(
-    ("gone", "name", "logged"),
+    ("relic", "logged"),
     [
-        pytest.param({GUID: 20.9}, "a", 20, id="it-is-the-one"),
-        pytest.param({}, "a", 20, id="another-of-its-name"),
-        pytest.param({GUID: 20.9}, "b", 20, id="under-another-name"),
-        pytest.param({GUID: 20.9}, "a", 90, id="Dovecot-knows-of-another-deletion"),
+        pytest.param(GUID, 20, id="it-is-the-one"),
+        pytest.param("cd" * 16, 20, id="another-of-its-name"),
+        pytest.param(GUID, 90, id="another-deletion"),
     ],
 )
-def test_mails_go_with_the_very_folder_that_was_deleted_here_if_they_are_older(
-    tmp_path: Path, gone: dict[str, float], name: str, logged: int
+def test_the_very_folder_that_was_deleted_here_goes_with_mails_that_are_older(
+    tmp_path: Path, relic: str, logged: int
 ) -> None:
-    dovecot = Dovecot({GUID: name})
+    dovecot = Dovecot({relic: "a"})
     dovecot.index = deleted(tmp_path, GUID, logged)
     dovecot.mails = [(str(uid), str(saved)) for uid, saved in enumerate((19, 20, 21), 1)]
-    mine = Told(left={"a": ("", 20.9)}, gone=gone)
+    mine = Told(left={"a": ("", 20.9)})
     asyncio.run(made(tmp_path, dovecot).carry_out("jane", mine, NOTHING, moves=True))
-    took = [words for words in dovecot.did if words[0] == "expunge"]
-    is_the_one = gone and name == "a" and logged == 20
-    assert took == ([("expunge", "mailbox-guid", GUID, "uid", "1")] if is_the_one else [])
-    asked = ("mailbox delete", "-e", "--", "a") in dovecot.did
-    assert asked is (name == "a")
+    went = [
+        ("expunge", "mailbox-guid", GUID, "uid", "1"),
+        ("mailbox delete", "-e", "--", "a"),
+    ]
+    assert dovecot.did == (went if (relic, logged) == (GUID, 20) else [])
 
 
 def test_what_was_deleted_on_the_other_server_is_left_to_dsync(tmp_path: Path) -> None:
     dovecot = Dovecot({GUID: "a"})
-    theirs = Told(left={"a": ("", 20.9)}, gone={GUID: 20.9})
+    dovecot.index = deleted(tmp_path, GUID, 20)
+    theirs = Told(left={"a": ("", 20.9)})
     asyncio.run(made(tmp_path, dovecot).carry_out("jane", NOTHING, theirs, moves=True))
     assert dovecot.did == []
 
 
-def test_dsync_finds_what_dovecot_did_not_keep_of_renames_and_deletions(tmp_path: Path) -> None:
-    other = "cd" * 16
-    dovecot = Dovecot({other: "b"})
-    dovecot.index = deleted(tmp_path, other, 5)
+def test_dsync_finds_renames_that_dovecot_did_not_keep(tmp_path: Path) -> None:
+    dovecot = Dovecot({"G": "b"})
+    dovecot.index = deleted(tmp_path, GUID, 5)
     log = tmp_path / "mdbox" / changelog.LOGS[-1]
     before = log.read_bytes()
     renames = made(tmp_path, dovecot)
-    renames._states.of("jane/x").told = Told(
-        renamed={other: ("b", 7.5)}, gone={GUID: 6.5, other: 5.5}
-    ).document()
+    renames._states.of("jane/x").told = Told(renamed={"G": ("b", 7.5)}).document()
     asyncio.run(renames.attest("jane/x"))
     name = hashlib.sha1(b"b").digest()[:16]
-    assert log.read_bytes() == before + bytes([3, 0, 0, 0]) + name + struct.pack(">I", 7) + (
-        bytes([1, 0, 0, 0]) + bytes.fromhex(GUID) + struct.pack(">I", 6)
-    )
+    assert log.read_bytes() == before + bytes([3, 0, 0, 0]) + name + struct.pack(">I", 7)
+
+
+def test_a_folder_with_mails_on_the_other_server_stays_and_one_here_is_told_of(
+    tmp_path: Path,
+) -> None:
+    class Full(Dovecot):
+        async def run(self, user: str, *words: str) -> Reply:
+            reply = await super().run(user, *words)
+            return Reply("NOTPOSSIBLE", (), "") if words[0] == "mailbox delete" else reply
+
+    told = Told({"G": ("b", 2.0)}, {"a": ("G", 2.0)})
+    dovecot = Full({"G": "b", "H": "a"})
+    renames = made(tmp_path, dovecot)
+    stay = asyncio.run(renames.carry_out("jane", NOTHING, told, moves=False))
+    assert stay == ["a"]
+    dovecot = Dovecot({"G": "b", "H": "a"})
+    renames = made(tmp_path, dovecot)
+    asyncio.run(renames.carry_out("jane", told, NOTHING, moves=True, spared=stay))
+    assert dovecot.did == []
+    asyncio.run(renames.carry_out("jane", told, NOTHING, moves=True))
+    assert dovecot.did == [("mailbox delete", "-e", "--", "a")]
+
+
+def test_a_folder_within_one_that_was_renamed_has_its_name_from_a_user() -> None:
+    told = Told({"G": ("y", 1.0)}, {"Q/x": ("G", 1.0)})
+    assert relics({"G": "y", "X": "Q/x"}, told, NOTHING) == {"Q/x": ("G", 1.0)}
+    renamed = Told(made={"Q": 2.0})
+    assert relics({"G": "y", "X": "Q/x"}, told, renamed) == {}
+    assert given_at({"Q": 2.0, "Q/x": 1.0}, "Q/x/z") == 2.0
+    assert given_at({"Q": 2.0}, "Qx") == 0.0
 
 
 def test_what_is_told_while_a_file_is_learned_does_not_come_back(tmp_path: Path) -> None:
