@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections.abc import Awaitable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -103,6 +104,10 @@ class Renames:
         self._files: dict[str, set[Path]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._logs: dict[str, Path] = {}
+        self._ended: dict[str, float] = {}
+        """User -> when a dsync last ended here (seconds since 1970)."""
+        self._gone: dict[str, dict[str, tuple[str, float]]] = {}
+        """User -> folder (its GUID) that was deleted, and then in no list -> its name, and when."""
         self._seen: dict[str, dict[str, str]] = {}
         """User -> name of a folder that was there lately -> its GUID."""
 
@@ -138,6 +143,10 @@ class Renames:
                 if not missing:
                     break
             self._remember(user, state, known)
+            gone = self._gone.setdefault(user, {})
+            if len(gone) > _SEEN:
+                gone.clear()
+            gone |= {g: named for g, named in deleted(changes, seen).items() if g not in names}
             for name in {change.old for change in changes} - set(names.values()):
                 self._seen[user].pop(name, None)
             if self._states.problem:
@@ -194,7 +203,7 @@ class Renames:
             else:
                 # The other server's is deleted by dsync.
                 is_ours = mine.left.get(name) == (guid, at)
-                if not is_ours or not await self._came_back(user, relic, at):
+                if not is_ours or not await self._came_back(user, name, relic, at):
                     continue
                 await self._expunge_older(user, relic, at)
             if name in spared:
@@ -207,10 +216,15 @@ class Renames:
                 notify.log(
                     notify.INFO, f"{user}: {name} is taken away: a user renamed or deleted it"
                 )
-        await self.backdate(user, mine, theirs)
+        await self._backdate(user, mine, theirs)
         return stay
 
-    async def backdate(self, user: str, mine: Told, theirs: Told) -> None:
+    async def ended(self, user: str, mine: Told, theirs: Told) -> None:
+        """A dsync has ended here, well or not. Raises :class:`DovecotError`."""
+        self._ended[user] = time.time()
+        await self._backdate(user, mine, theirs)
+
+    async def _backdate(self, user: str, mine: Told, theirs: Told) -> None:
         """Let a later rename by a user win over those that are carried, now or by a run before.
 
         Raises :class:`DovecotError`.
@@ -248,6 +262,9 @@ class Renames:
         if told:
             state = self._states.of(user)
             known = Told.of(state.told)
+            gone = self._gone.get(user, {})
+            for guid in [g for g, (name, at) in gone.items() if told.left.get(name) == ("", at)]:
+                del gone[guid]
             for part in ("renamed", "left", "made"):
                 now, then = getattr(known, part), getattr(told, part)
                 for key in [key for key in now if then.get(key) == now[key]]:
@@ -266,8 +283,15 @@ class Renames:
         news = {c.new: c.at for c in read(self._files.get(user, ()))}
         return max(given_at(known, name), given_at(news, name)) >= since
 
-    async def _came_back(self, user: str, guid: str, at: float) -> bool:
-        """Whether Dovecot, too, tells that this very folder was deleted here, about then."""
+    async def _came_back(self, user: str, name: str, guid: str, at: float) -> bool:
+        """Whether it is this very folder that was deleted here, and dsync may have brought it back.
+
+        Where Dovecot's log has no more room for the deletion, it was seen.
+        """
+        if self._ended.get(user, 0.0) < at:
+            return False
+        if self._gone.get(user, {}).get(guid) == (name, at):
+            return True
         folder = await self._logs_of(user)
         if folder is None:
             return False
@@ -389,6 +413,21 @@ def add(
             renamed[found] = (name, last.at)
             left |= {c.old: (found, c.at) for c in chain if made.get(c.old, 0.0) < c.at}
     return Told(renamed, left, made), missing
+
+
+def deleted(changes: Iterable[Change], seen: Mapping[str, str]) -> dict[str, tuple[str, float]]:
+    """Folders (their GUIDs) that were deleted -> their name then, and when.
+
+    ``seen``: name -> GUID of folders that were there before.
+    """
+    origins, found = dict(seen), {}
+    for change in changes:
+        origin = origins.pop(change.old, "")
+        if change.new:
+            origins[change.new] = origin
+        elif origin:
+            found[origin] = (change.old, change.at)
+    return found
 
 
 def latest(one: Told, other: Told) -> dict[str, str]:

@@ -204,7 +204,7 @@ class Runner:
                 carrier = _Carrier(slot, grant, traffic, seconds)
                 reply = await carrier.sync(self._doveadm, job.user, state)
                 with contextlib.suppress(DovecotError):
-                    await self._renames.backdate(job.user, told, grant.told)
+                    await self._renames.ended(job.user, told, grant.told)
                 if self._changes(job.user):
                     await repair.bury(self._doveadm, self._states, job.user, began)
                 if reply is None:

@@ -242,7 +242,7 @@ class Server:
                 well, state = bool(word["well"]), str(word["state"])
             # If Dovecot is gone by now, the next run does this, or that of a user who has settled.
             with contextlib.suppress(DovecotError):
-                await self._renames.backdate(user, mine, theirs)
+                await self._renames.ended(user, mine, theirs)
                 if self._guests.changes(user):
                     await bury(self._doveadm, self._states, user, began)
             return clean

@@ -304,29 +304,47 @@ def deleted(folder: Path, guid: str, seconds: int) -> Path:
 
 
 GUID = "ab" * 16
+_WENT = [("expunge", "mailbox-guid", GUID, "uid", "1"), ("mailbox delete", "-e", "--", "a")]
 
 
 @pytest.mark.parametrize(
-    ("relic", "logged"),
+    ("relic", "logged", "ended"),
     [
-        pytest.param(GUID, 20, id="it-is-the-one"),
-        pytest.param("cd" * 16, 20, id="another-of-its-name"),
-        pytest.param(GUID, 90, id="another-deletion"),
+        pytest.param(GUID, 20, 21.0, id="it-is-the-one"),
+        pytest.param("cd" * 16, 20, 21.0, id="another-of-its-name"),
+        pytest.param(GUID, 90, 21.0, id="another-deletion"),
+        pytest.param(GUID, 20, 20.0, id="somebody-else-brought-it-back"),
     ],
 )
 def test_the_very_folder_that_was_deleted_here_goes_with_mails_that_are_older(
-    tmp_path: Path, relic: str, logged: int
+    tmp_path: Path, relic: str, logged: int, ended: float
 ) -> None:
     dovecot = Dovecot({relic: "a"})
     dovecot.index = deleted(tmp_path, GUID, logged)
     dovecot.mails = [(str(uid), str(saved)) for uid, saved in enumerate((19, 20, 21), 1)]
     mine = Told(left={"a": ("", 20.9)})
-    asyncio.run(made(tmp_path, dovecot).carry_out("jane", mine, NOTHING, moves=True))
-    went = [
-        ("expunge", "mailbox-guid", GUID, "uid", "1"),
-        ("mailbox delete", "-e", "--", "a"),
-    ]
-    assert dovecot.did == (went if (relic, logged) == (GUID, 20) else [])
+    renames = made(tmp_path, dovecot)
+    renames._ended["jane"] = ended
+    asyncio.run(renames.carry_out("jane", mine, NOTHING, moves=True))
+    assert dovecot.did == (_WENT if (relic, logged, ended) == (GUID, 20, 21.0) else [])
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_folder_that_was_seen_to_go_is_known_without_dovecots_log(
+    tmp_path: Path, is_there: bool
+) -> None:
+    dovecot = Dovecot({GUID: "a"}, {GUID: "a"} if is_there else {}, {GUID: "a"})
+    dovecot.index = deleted(tmp_path, "cd" * 16, 1)
+    dovecot.mails = [("1", "1")]
+    renames = made(tmp_path, dovecot)
+    asyncio.run(renames._names("jane/x"))
+    renames.note(hook(tmp_path, "a", "", 20.9))
+    told = asyncio.run(renames.learn("jane/x"))
+    asyncio.run(renames.ended("jane/x", NOTHING, NOTHING))
+    asyncio.run(renames.carry_out("jane/x", told, NOTHING, moves=True))
+    assert dovecot.did == ([] if is_there else _WENT)
+    renames.done("jane/x", told)
+    assert renames._gone == {"jane/x": {}}
 
 
 def test_what_was_deleted_on_the_other_server_is_left_to_dsync(tmp_path: Path) -> None:
