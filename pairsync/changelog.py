@@ -69,9 +69,7 @@ def attest(folder: Path, given: Mapping[str, float]) -> int:
     Arguments and errors as for :func:`backdate`; returns how many were added. Deletions are not
     added: dsync obeys them whatever came afterwards.
     """
-    known: dict[bytes, int] = {}
-    for log in LOGS:
-        known |= {r.what: r.seconds for r in _read(folder / log) if r.kind == _RENAME}
+    known = _latest(folder, _RENAME)
     missing = [
         _RECORD.pack(_RENAME, digest, int(at))
         for name, at in given.items()
@@ -79,17 +77,15 @@ def attest(folder: Path, given: Mapping[str, float]) -> int:
     ]
     # A new log would let a session that writes into one that is gone do away with the older one.
     there = [folder / log for log in reversed(LOGS) if (folder / log).exists()]
-    if missing and there:
-        _append(there[0], b"".join(missing))
+    if not missing or not there:
+        return 0
+    _append(there[0], b"".join(missing))
     return len(missing)
 
 
 def deletions(folder: Path) -> dict[str, int]:
     """Folders (their GUIDs) that were deleted -> when, as far as the logs tell."""
-    found: dict[str, int] = {}
-    for log in LOGS:
-        found |= {r.what.hex(): r.seconds for r in _read(folder / log) if r.kind == _DELETE}
-    return found
+    return {what.hex(): seconds for what, seconds in _latest(folder, _DELETE).items()}
 
 
 def _append(log: Path, data: bytes) -> None:
@@ -102,10 +98,14 @@ def _append(log: Path, data: bytes) -> None:
         os.close(handle)
 
 
-def _read(log: Path) -> list[_Record]:
-    with contextlib.suppress(FileNotFoundError):
-        return list(_records(log.read_bytes()))
-    return []
+def _latest(folder: Path, kind: int) -> dict[bytes, int]:
+    """What the records of a kind are about -> the time of the last one."""
+    found: dict[bytes, int] = {}
+    for log in LOGS:
+        with contextlib.suppress(FileNotFoundError):
+            data = (folder / log).read_bytes()
+            found |= {r.what: r.seconds for r in _records(data) if r.kind == kind}
+    return found
 
 
 def _records(data: bytes) -> Iterator[_Record]:

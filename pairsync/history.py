@@ -9,10 +9,8 @@ Logs older than two days are gone. What they would have told is unknown then, ne
 
 from __future__ import annotations
 
-import contextlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence, Set
-from pathlib import Path
 from typing import Any, NamedTuple
 
 LOGS = ("dovecot.index.log.2", "dovecot.index.log")
@@ -55,15 +53,6 @@ class Life(NamedTuple):
 
 History = Sequence[Life]
 """Of one folder, on one server: what is there, and what was as far as its log tells."""
-
-
-def logs(index: Path) -> list[bytes]:
-    """What is in the logs of a folder whose index is in ``index``, the older one first."""
-    found = []
-    for name in LOGS:
-        with contextlib.suppress(OSError):
-            found.append((index / name).read_bytes())
-    return found
 
 
 def read(logs: Sequence[bytes], present: Sequence[Mail], *, copied: bool = False) -> History:

@@ -10,10 +10,11 @@ line. Each proves that it knows the shared secret, without showing it, before it
             {"do": "run", "user": ..., "silence": seconds, "deleted": {script: version},
              "told": of folders made, renamed and deleted (pairsync.renames.Told),
              "suspect": whether to compare first}
-    server: {"go": true, "deleted": {...}, "told": {...}}, or {"busy": true}, or,
+    server: {"go": true, "deleted": {...}, "told": {...}, "stay": folders with mails under names
+             that nobody gave them}, or {"busy": true}, or,
             where one of the two suspects that mails were left out (pairsync.repair),
             {"repair": {folder: uid}, "broken": whether a run broke off, "deleted": {...},
-             "told": {...}}
+             "told": {...}, "stay": [...]}
     client: {"after": {folder: uid}}
     server: {"moot": {folder: [guid]}}
     client: {"moot": {folder: [guid]}}, with its own

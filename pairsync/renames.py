@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Awaitable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -106,7 +106,7 @@ class Renames:
         self._logs: dict[str, Path] = {}
         self._ended: dict[str, float] = {}
         """User -> when a dsync last ended here (seconds since 1970)."""
-        self._gone: dict[str, dict[str, tuple[str, float]]] = {}
+        self._gone: dict[str, dict[str, Named]] = {}
         """User -> folder (its GUID) that was deleted, and then in no list -> its name, and when."""
         self._seen: dict[str, dict[str, str]] = {}
         """User -> name of a folder that was there lately -> its GUID."""
@@ -146,7 +146,7 @@ class Renames:
             gone = self._gone.setdefault(user, {})
             if len(gone) > _SEEN:
                 gone.clear()
-            gone |= {g: named for g, named in deleted(changes, seen).items() if g not in names}
+            gone |= {g: named for g, named in follow(changes, seen)[1].items() if g not in names}
             for name in {change.old for change in changes} - set(names.values()):
                 self._seen[user].pop(name, None)
             if self._states.problem:
@@ -367,7 +367,7 @@ def read(files: Iterable[Path]) -> list[Change]:
 
 def add(
     known: Told,
-    changes: Iterable[Change],
+    changes: Sequence[Change],
     names: Mapping[str, str],
     seen: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Told, bool]:
@@ -376,17 +376,14 @@ def add(
     ``names``: GUID -> name now; ``seen``: name lately -> GUID, of folders that may be gone.
     """
     guids = {name: guid for guid, name in names.items()}
-    origins = dict(seen)
-    renamed, left = dict(known.renamed), dict(known.left)
-    made = dict(known.made)
+    origins, _ = follow(changes, seen)
+    renamed, left, made = dict(known.renamed), dict(known.left), dict(known.made)
     chains: dict[str, list[Change]] = {}
     for change in changes:
         chain = [*chains.pop(change.old, []), change]
-        origin = origins.pop(change.old, "")
         if change.old:
             made.pop(change.old, None)
         if change.new:
-            origins[change.new] = origin
             left.pop(change.new, None)
             made[change.new] = change.at
             if change.old:
@@ -415,19 +412,22 @@ def add(
     return Told(renamed, left, made), missing
 
 
-def deleted(changes: Iterable[Change], seen: Mapping[str, str]) -> dict[str, tuple[str, float]]:
-    """Folders (their GUIDs) that were deleted -> their name then, and when.
+def follow(
+    changes: Iterable[Change], seen: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, Named]]:
+    """Which folder has a name after ``changes``, and which were deleted.
 
-    ``seen``: name -> GUID of folders that were there before.
+    ``seen``: name -> GUID of folders that were there before. Returns name -> GUID, empty where that
+    is not known; and GUID -> the name when it was deleted, and when.
     """
-    origins, found = dict(seen), {}
+    origins, gone = dict(seen), {}
     for change in changes:
         origin = origins.pop(change.old, "")
         if change.new:
             origins[change.new] = origin
         elif origin:
-            found[origin] = (change.old, change.at)
-    return found
+            gone[origin] = (change.old, change.at)
+    return origins, gone
 
 
 def latest(one: Told, other: Told) -> dict[str, str]:

@@ -267,7 +267,7 @@ def _histories(
         present.setdefault(folder, []).append((int(uid), guid))
     return {
         folder: history.spared(
-            history.read(history.logs(path), present.get(folder, ())), doubles.get(folder, set())
+            history.read(_logs(path), present.get(folder, ())), doubles.get(folder, set())
         )
         for folder, path in paths.items()
     }
@@ -286,6 +286,14 @@ async def _paths(doveadm: Doveadm, user: str, names: Mapping[str, str]) -> dict[
                 known.clear()
             known[user, folder, name] = Path(rows[0][0])
     return {folder: known[user, folder, name] for folder, name in names.items()}
+
+
+def _logs(path: Path) -> list[bytes]:
+    found = []
+    for log in history.LOGS:
+        with contextlib.suppress(OSError):
+            found.append((path / log).read_bytes())
+    return found
 
 
 async def mend(doveadm: Doveadm, states: States, user: str, box: Mailbox, plan: Plan) -> int:
@@ -334,7 +342,7 @@ def _copies(
     for folder, path in paths.items():
         with contextlib.suppress(OSError):
             if (path / history.LOGS[-1]).stat().st_mtime >= since - _CLOCK_SECONDS:
-                lives = history.read(history.logs(path), (), copied=True)
+                lives = history.read(_logs(path), (), copied=True)
                 lives = history.spared(lives, doubles.get(folder, set()))
                 copied = {(life.uid, life.guid) for life in lives if life.before}
                 if unwanted := history.unwanted([lives]) & copied:
