@@ -6,7 +6,8 @@ the folder again within that second, or while a run is on, may get the name befo
 server writes down the user's time instead.
 
 And Dovecot keeps the last 170 records, twice, and for up to a minute a session goes on writing into
-a log that is gone. So where there are many changes a user's rename may not be in it, and is added.
+a log that is gone. So where there are many changes a user's rename or deletion may not be in it any
+more, and is added.
 
 The log consists of records of one size (mailbox-log.h, Dovecot 2.4), which Dovecot appends and
 never changes; of a name there is a digest in it. Dovecot reads it anew for each run.
@@ -20,6 +21,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 LOGS = ("dovecot.mailbox.log.2", "dovecot.mailbox.log")
@@ -63,17 +65,25 @@ def backdate(folder: Path, given: Mapping[str, float]) -> int:
     return changed
 
 
-def attest(folder: Path, given: Mapping[str, float]) -> int:
-    """Add names of which the logs do not tell that they were given then, or later.
+def attest(
+    folder: Path, given: Mapping[str, float], gone: Mapping[str, float] = MappingProxyType({})
+) -> int:
+    """Add what the logs do not tell any more; returns how many records that are.
 
-    Arguments and errors as for :func:`backdate`; returns how many were added. Deletions are not
-    added: dsync obeys them whatever came afterwards.
+    Names of which they do not tell that they were given then, or later; and deletions that they
+    told of before. ``gone``: folder (its GUID) -> when it was deleted; of one that is there, dsync
+    does not believe it. The rest and errors as for :func:`backdate`.
     """
-    known = _latest(folder, _RENAME)
+    named, deleted = _latest(folder, _RENAME), _latest(folder, _DELETE)
     missing = [
         _RECORD.pack(_RENAME, digest, int(at))
         for name, at in given.items()
-        if known.get(digest := _digest(name), -1) < int(at)
+        if named.get(digest := _digest(name), -1) < int(at)
+    ]
+    missing += [
+        _RECORD.pack(_DELETE, guid, int(at))
+        for which, at in gone.items()
+        if (guid := bytes.fromhex(which)) not in deleted
     ]
     # A new log would let a session that writes into one that is gone do away with the older one.
     there = [folder / log for log in reversed(LOGS) if (folder / log).exists()]

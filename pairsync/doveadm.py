@@ -22,6 +22,7 @@ _PACKET = struct.Struct(">BI")
 _ERRORS = "\x04\x05\x06"
 _CONNECT_SECONDS = 5.0
 _LIMIT = 1 << 20
+_PATHS = 50_000
 _ESCAPES = {"\x01": "\x011", "\t": "\x01t", "\r": "\x01r", "\n": "\x01n"}
 
 
@@ -54,14 +55,11 @@ def unescape(word: str) -> str:
 
 
 class Doveadm:
-    """The doveadm service behind ``socket``.
-
-    ``paths``: (user, folder's GUID, its name) -> where its index is, where it was asked for.
-    """
+    """The doveadm service behind ``socket``."""
 
     def __init__(self, socket: Path) -> None:
         self.socket = socket
-        self.paths: dict[tuple[str, str, str], Path] = {}
+        self._indexes: dict[tuple[str, str, str], Path] = {}
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection that nothing was sent on. Raises :class:`DovecotError`."""
@@ -104,10 +102,28 @@ class Doveadm:
         columns = [reply.values[at::width] for at in range(width)]
         return list(zip(*columns, strict=False))
 
-    async def folders(self, user: str) -> dict[str, str]:
-        """Folder (its GUID) -> its name. Raises :class:`DovecotError`."""
-        rows = await self.rows(user, 2, "mailbox status", "guid", "*")
+    async def folders(self, user: str, *names: str) -> dict[str, str]:
+        """Folder (its GUID) -> its name. Raises :class:`DovecotError`.
+
+        ``names``: of no others, but that ``*`` and ``%`` in a name stand for more of them.
+        """
+        # Alone, a name that is not there is an error.
+        which = ("INBOX", *names) if names else ("*",)
+        rows = await self.rows(user, 2, "mailbox status", "--", "guid", *which)
         return {folder: name for name, folder in rows}
+
+    async def index(self, user: str, name: str, folder: str = "") -> Path:
+        """Where the index of a folder is, with its logs. Raises :class:`DovecotError`.
+
+        Dovecot makes the path of the name, or of ``folder``, its GUID. So it is asked once.
+        """
+        key = (user, folder, name)
+        if key not in self._indexes:
+            rows = await self.rows(user, 1, "mailbox path", "-t", "index", "--", name)
+            if len(self._indexes) >= _PATHS:
+                self._indexes.clear()
+            self._indexes[key] = Path(rows[0][0])
+        return self._indexes[key]
 
     async def users(self) -> list[str]:
         """Every user that Dovecot knows."""

@@ -9,8 +9,10 @@ Logs older than two days are gone. What they would have told is unknown then, ne
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any, NamedTuple
 
 LOGS = ("dovecot.index.log.2", "dovecot.index.log")
@@ -53,6 +55,15 @@ class Life(NamedTuple):
 
 History = Sequence[Life]
 """Of one folder, on one server: what is there, and what was as far as its log tells."""
+
+
+def logs_of(index: Path) -> list[bytes]:
+    """The logs of the folder whose index is there, the older one first."""
+    found = []
+    for log in LOGS:
+        with contextlib.suppress(OSError):
+            found.append((index / log).read_bytes())
+    return found
 
 
 def read(logs: Sequence[bytes], present: Sequence[Mail], *, copied: bool = False) -> History:

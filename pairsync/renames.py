@@ -22,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from pairsync import changelog, notify
+from pairsync import changelog, history, notify
 from pairsync.doveadm import Doveadm, DovecotError, NoUser, Reply, uid_set
 from pairsync.markers import user_name
 from pairsync.state import States, UserState
@@ -62,14 +62,16 @@ class Told:
     :param left: name that a folder had before -> that folder, and when it was renamed; or that of a
         deleted folder -> an empty text, and when
     :param made: name that a user gave, to a new folder or an old one -> when
+    :param gone: folder (its GUID) that was deleted -> when
     """
 
     renamed: dict[str, Named] = field(default_factory=dict)
     left: dict[str, Named] = field(default_factory=dict)
     made: dict[str, float] = field(default_factory=dict)
+    gone: dict[str, float] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.renamed or self.left or self.made)
+        return bool(self.renamed or self.left or self.made or self.gone)
 
     def document(self) -> dict[str, Any]:
         """For the peer."""
@@ -77,14 +79,14 @@ class Told:
 
     @classmethod
     def of(cls, document: Mapping[str, Any] | None) -> Told:
-        """What the peer sent; nothing from one that knows of no renames."""
-        if not document:
-            return cls()
-        return cls(
-            _named(document["renamed"]),
-            _named(document["left"]),
-            {str(name): float(at) for name, at in document["made"].items()},
+        """What the peer sent, or a state: one of earlier releases may know less."""
+        document = document or {}
+        made, gone = (
+            {str(what): float(at) for what, at in document.get(part, {}).items()}
+            for part in ("made", "gone")
         )
+        renamed, left = (_named(document.get(part, {})) for part in ("renamed", "left"))
+        return cls(renamed, left, made, gone)
 
 
 def _named(document: Mapping[str, Any]) -> dict[str, Named]:
@@ -106,8 +108,6 @@ class Renames:
         self._logs: dict[str, Path] = {}
         self._ended: dict[str, float] = {}
         """User -> when a dsync last ended here (seconds since 1970)."""
-        self._gone: dict[str, dict[str, Named]] = {}
-        """User -> folder (its GUID) that was deleted, and then in no list -> its name, and when."""
         self._seen: dict[str, dict[str, str]] = {}
         """User -> name of a folder that was there lately -> its GUID."""
 
@@ -133,22 +133,8 @@ class Renames:
             if user not in self._files and not state.told:
                 return NOTHING
             files = set(self._files.get(user, ()))
-            seen = dict(self._seen.get(user, {}))
             changes = read(files)
-            for look in range(_LOOKS):
-                await asyncio.sleep(_PAUSE if look else 0)
-                names = await self._names(user)
-                # What was told meanwhile is not in the state any more.
-                known, missing = add(Told.of(state.told), changes, names, seen)
-                if not missing:
-                    break
-            self._remember(user, state, known)
-            gone = self._gone.setdefault(user, {})
-            if len(gone) > _SEEN:
-                gone.clear()
-            gone |= {g: named for g, named in follow(changes, seen)[1].items() if g not in names}
-            for name in {change.old for change in changes} - set(names.values()):
-                self._seen[user].pop(name, None)
+            known = await self._know(user, changes) if changes else Told.of(state.told)
             if self._states.problem:
                 return known
             for path in files:
@@ -158,6 +144,32 @@ class Renames:
             else:
                 self._files.pop(user, None)
             return known
+
+    async def _know(self, user: str, changes: Sequence[Change]) -> Told:
+        """What was known, with ``changes``. Raises :class:`DovecotError`."""
+        state = self._states.of(user)
+        seen = dict(self._seen.get(user, {}))
+        concerned = sorted({name for c in changes for name in (c.old, c.new) if name})
+        deleted = await self._deleted(user, changes)
+        for look in range(_LOOKS):
+            await asyncio.sleep(_PAUSE if look else 0)
+            # dsync may be at work: whoever looks into a folder that it is just making keeps it
+            # from giving that the GUID that the folder has on the other server.
+            names = await self._names(user, *([] if look else concerned))
+            # What was told meanwhile is not in the state any more.
+            known, missing = add(Told.of(state.told), changes, names, seen)
+            if not missing:
+                break
+        origins, gone = follow(changes, seen)
+        known.gone.update({guid: at for guid, at in gone.items() if guid not in names})
+        known.gone.update(deleted)
+        self._remember(user, state, known)
+        for name in set(concerned) - set(names.values()):
+            # What has been renamed or deleted since is known by this when that is learned.
+            self._seen[user].pop(name, None)
+            if origins.get(name):
+                self._seen[user][name] = origins[name]
+        return known
 
     async def carry_out(
         self,
@@ -193,19 +205,18 @@ class Renames:
             names = await self._names(user)
         there = {name: guid for guid, name in names.items()}
         stay = []
+        unwanted = []
         for name, (guid, at) in relics(names, mine, theirs).items():
-            relic = there[name]
-            if self._just_made(user, name, at):
-                continue
-            if guid:
+            if not self._just_made(user, name, at):
                 if guid in names:
-                    await self._empty(user, relic, guid, names[guid], moves=moves)
-            else:
-                # The other server's is deleted by dsync.
-                is_ours = mine.left.get(name) == (guid, at)
-                if not is_ours or not await self._came_back(user, name, relic, at):
-                    continue
-                await self._expunge_older(user, relic, at)
+                    await self._empty(user, there[name], guid, names[guid], moves=moves)
+                unwanted.append(name)
+        # What was deleted on the other server is deleted by dsync.
+        for guid, at in mine.gone.items():
+            if guid in names and self._came_back(user, guid, names[guid], at, mine, theirs):
+                await self._expunge_older(user, guid, names[guid], at)
+                unwanted.append(names[guid])
+        for name in unwanted:
             if name in spared:
                 continue
             # Only if it is empty.
@@ -239,19 +250,23 @@ class Renames:
 
         Raises :class:`DovecotError`.
         """
-        given = dict((await self.learn(user)).renamed.values())
-        if given and (folder := await self._logs_of(user)):
+        known = await self.learn(user)
+        given = dict(known.renamed.values())
+        # Looked for once more: one that was just being renamed is not gone.
+        names = await self._names(user) if known.gone else {}
+        gone = {guid: at for guid, at in known.gone.items() if guid not in names}
+        if (given or gone) and (folder := await self._logs_of(user)):
             with contextlib.suppress(OSError):
-                await asyncio.to_thread(changelog.attest, folder, given)
+                await asyncio.to_thread(changelog.attest, folder, given, gone)
 
     async def _logs_of(self, user: str) -> Path | None:
         """The folder with Dovecot's log of the user's folders; None where there is none yet."""
         if user not in self._logs:
             try:
-                rows = await self._rows(user, 1, "mailbox path", "-t", "index", "--", _INBOX)
+                index = await _limited(user, self._doveadm.index(user, _INBOX))
             except NoUser:
                 return None
-            for folder in Path(rows[0][0]).parents:
+            for folder in index.parents:
                 if any((folder / log).exists() for log in changelog.LOGS):
                     self._logs[user] = folder
                     break
@@ -262,10 +277,7 @@ class Renames:
         if told:
             state = self._states.of(user)
             known = Told.of(state.told)
-            gone = self._gone.get(user, {})
-            for guid in [g for g, (name, at) in gone.items() if told.left.get(name) == ("", at)]:
-                del gone[guid]
-            for part in ("renamed", "left", "made"):
+            for part in ("renamed", "left", "made", "gone"):
                 now, then = getattr(known, part), getattr(told, part)
                 for key in [key for key in now if then.get(key) == now[key]]:
                     del now[key]
@@ -283,31 +295,55 @@ class Renames:
         news = {c.new: c.at for c in read(self._files.get(user, ()))}
         return max(given_at(known, name), given_at(news, name)) >= since
 
-    async def _came_back(self, user: str, name: str, guid: str, at: float) -> bool:
-        """Whether it is this very folder that was deleted here, and dsync may have brought it back.
+    async def _deleted(self, user: str, changes: Iterable[Change]) -> dict[str, float]:
+        """Folders (their GUIDs) that went with the deletions among ``changes`` -> when.
 
-        Where Dovecot's log has no more room for the deletion, it was seen.
+        As Dovecot's log tells, which soon has no more room for them, and not always tells of them
+        at all. Raises :class:`DovecotError`.
         """
-        if self._ended.get(user, 0.0) < at:
-            return False
-        if self._gone.get(user, {}).get(guid) == (name, at):
-            return True
-        folder = await self._logs_of(user)
+        times = [change.at for change in changes if not change.new]
+        folder = await self._logs_of(user) if times else None
         if folder is None:
-            return False
+            return {}
         with contextlib.suppress(OSError):
             told = await asyncio.to_thread(changelog.deletions, folder)
-            return abs(told.get(guid, 0) - at) <= _CLOSE
-        return False
+            first, last = min(times) - _CLOSE, max(times) + _CLOSE
+            return {guid: float(at) for guid, at in told.items() if first <= at <= last}
+        return {}
 
-    async def _expunge_older(self, user: str, guid: str, at: float) -> None:
-        """Delete mails of a folder that were in it when it was deleted.
+    def _came_back(
+        self, user: str, guid: str, name: str, at: float, mine: Told, theirs: Told
+    ) -> bool:
+        """Whether dsync may have brought a folder back after its deletion.
 
-        dsync carries with a mail when it was saved, in whole seconds.
+        ``name``: the one that it has now. Whoever renamed it since wants it.
+        """
+        if mine.left.get(name, (guid, at))[0]:
+            return False
+        renamed = [told.renamed[guid][1] for told in (mine, theirs) if guid in told.renamed]
+        return at <= self._ended.get(user, 0.0) and max(renamed, default=at) <= at + 1
+
+    async def _expunge_older(self, user: str, guid: str, name: str, at: float) -> None:
+        """Delete mails of a folder that were in it when it was deleted, and dsync brought back.
+
+        Dovecot knows in whole seconds when a mail was saved, and dsync carries that with it; of
+        those of the very second the folder's log tells which ones dsync has put there.
         """
         folder = ("mailbox-guid", guid)
-        rows = await self._rows(user, 2, "fetch", "uid date.saved.unixtime", *folder)
-        if older := [int(uid) for uid, saved in rows if int(saved) < int(at)]:
+        fields = "uid guid date.saved.unixtime"
+        rows = await self._rows(user, 3, "fetch", fields, *folder)
+        index = await _limited(user, self._doveadm.index(user, name, guid))
+        present = [(int(uid), mail) for uid, mail, _ in rows]
+        lives = await asyncio.to_thread(lambda: history.read(history.logs_of(index), present))
+        carried = {life.uid for life in lives if life.by_dsync and not life.before}
+        saved = {int(uid): int(when) for uid, _, when in rows}
+        second = int(at)
+        older = [
+            uid
+            for uid, when in saved.items()
+            if when < second or (when == second and uid in carried)
+        ]
+        if older:
             await self._run(user, "expunge", *folder, "uid", uid_set(older))
 
     async def _empty(self, user: str, relic: str, guid: str, target: str, *, moves: bool) -> None:
@@ -326,10 +362,13 @@ class Renames:
         if others and moves:
             await self._run(user, "move", "--", target, *folder, "uid", uid_set(others))
 
-    async def _names(self, user: str) -> dict[str, str]:
-        """Folder (its GUID) -> its name; none of a user who is gone, as the run will tell."""
+    async def _names(self, user: str, *only: str) -> dict[str, str]:
+        """Folder (its GUID) -> its name; none of a user who is gone, as the run will tell.
+
+        ``only``: names that matter; there may be others among the answer.
+        """
         try:
-            names = await _limited(user, self._doveadm.folders(user))
+            names = await _limited(user, self._doveadm.folders(user, *only))
         except NoUser:
             names = {}
         seen = {name: g for name, g in self._seen.get(user, {}).items() if g not in names}
@@ -409,16 +448,16 @@ def add(
         if found:
             renamed[found] = (name, last.at)
             left |= {c.old: (found, c.at) for c in chain if made.get(c.old, 0.0) < c.at}
-    return Told(renamed, left, made), missing
+    return Told(renamed, left, made, dict(known.gone)), missing
 
 
 def follow(
     changes: Iterable[Change], seen: Mapping[str, str]
-) -> tuple[dict[str, str], dict[str, Named]]:
+) -> tuple[dict[str, str], dict[str, float]]:
     """Which folder has a name after ``changes``, and which were deleted.
 
     ``seen``: name -> GUID of folders that were there before. Returns name -> GUID, empty where that
-    is not known; and GUID -> the name when it was deleted, and when.
+    is not known; and GUID -> when it was deleted.
     """
     origins, gone = dict(seen), {}
     for change in changes:
@@ -426,7 +465,7 @@ def follow(
         if change.new:
             origins[change.new] = origin
         elif origin:
-            gone[origin] = (change.old, change.at)
+            gone[origin] = change.at
     return origins, gone
 
 
@@ -465,14 +504,13 @@ def given_at(made: Mapping[str, float], name: str) -> float:
 def relics(names: Mapping[str, str], one: Told, other: Told) -> dict[str, Named]:
     """Folders here that have a name which nobody gave them.
 
-    Name -> which folder had it before, which may be gone, and when it was renamed; or an empty
-    text, and when it was deleted.
+    Name -> which folder had it before, which may be gone, and when it was renamed.
     """
     found = {}
     for name in {*one.left, *other.left}:
         guid, at = max((t.left[name] for t in (one, other) if name in t.left), key=lambda n: n[1])
         made = max(given_at(told.made, name) for told in (one, other))
         is_there = any(n == name and g != guid for g, n in names.items())
-        if is_there and made < at:
+        if guid and is_there and made < at:
             found[name] = (guid, at)
     return found

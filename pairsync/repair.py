@@ -43,7 +43,6 @@ _VERSION = 1
 _HEADER, _CHECKSUM = 4, 4
 _MAILBOX = struct.Struct("<16sIIQQI")
 _FIELDS = ("mailbox-guid", "uid", "guid")
-_PATHS = 50_000
 _LOOKS = 5
 _CLOCK_SECONDS = 1.0
 """By so much a file's time may be behind."""
@@ -267,33 +266,16 @@ def _histories(
         present.setdefault(folder, []).append((int(uid), guid))
     return {
         folder: history.spared(
-            history.read(_logs(path), present.get(folder, ())), doubles.get(folder, set())
+            history.read(history.logs_of(path), present.get(folder, ())),
+            doubles.get(folder, set()),
         )
         for folder, path in paths.items()
     }
 
 
 async def _paths(doveadm: Doveadm, user: str, names: Mapping[str, str]) -> dict[str, Path]:
-    """Folder (its GUID) -> where its logs are.
-
-    Dovecot is asked once: it makes a path of the name, or of the GUID, and tells but one a call.
-    """
-    known = doveadm.paths
-    for folder, name in names.items():
-        if (user, folder, name) not in known:
-            rows = await doveadm.rows(user, 1, "mailbox path", "-t", "index", "--", name)
-            if len(known) >= _PATHS:
-                known.clear()
-            known[user, folder, name] = Path(rows[0][0])
-    return {folder: known[user, folder, name] for folder, name in names.items()}
-
-
-def _logs(path: Path) -> list[bytes]:
-    found = []
-    for log in history.LOGS:
-        with contextlib.suppress(OSError):
-            found.append((path / log).read_bytes())
-    return found
+    """Folder (its GUID) -> where its logs are."""
+    return {folder: await doveadm.index(user, name, folder) for folder, name in names.items()}
 
 
 async def mend(doveadm: Doveadm, states: States, user: str, box: Mailbox, plan: Plan) -> int:
@@ -342,7 +324,7 @@ def _copies(
     for folder, path in paths.items():
         with contextlib.suppress(OSError):
             if (path / history.LOGS[-1]).stat().st_mtime >= since - _CLOCK_SECONDS:
-                lives = history.read(_logs(path), (), copied=True)
+                lives = history.read(history.logs_of(path), (), copied=True)
                 lives = history.spared(lives, doubles.get(folder, set()))
                 copied = {(life.uid, life.guid) for life in lives if life.before}
                 if unwanted := history.unwanted([lives]) & copied:

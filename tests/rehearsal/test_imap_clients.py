@@ -9,19 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from secrets import token_hex
 
-import pytest
-
 from rehearsal import network
 from rehearsal.state import CHECKOUT
 from verify.context import Context, each, eventually, expect
 from verify.maildrop import await_equal, direct, frontend_doors, owners, replicas
-from verify.registry import Failed
 
 CONNECTIONS = 50
 """Of one user from one address: as many as Dovecot lets in (mail_max_userip_connections)."""
 CLIENTS, SECONDS = 6, 60
 """On each replica."""
-_INCONSISTENT = "IMAP session state is inconsistent, please relogin"
+BACK = 0.05
+"""So large a part of the folders may be there again: see docs/mailboxes.md."""
 
 
 def test_one_user_has_fifty_connections_through_two_frontends(platform_up: Context) -> None:
@@ -69,23 +67,18 @@ def test_a_mix_of_commands_on_both_replicas_meets_no_error(platform_up: Context)
 
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(mix, (0, 1)))
-    ended = [error for told in results for error in told["errors"] if _INCONSISTENT in error]
+    deleted = 0
     for told in results:
-        assert [error for error in told["errors"] if error not in ended] == []
+        assert told["errors"] == []
         commands = told["commands"]
         assert isinstance(commands, dict)
         assert {"append", "fetch", "move", "expunge", "idle", "rename"} <= commands.keys()
+        deleted += commands["delete"]
     await_equal(platform_up, owner, lambda contents: None, time.monotonic())
     with direct(platform_up, replicas(platform_up)[0]).enter(platform_up, owner) as session:
 
         def all_gone() -> None:
             left = [f.name for f in session.folders() if f.name.startswith(prefix)]
-            expect(not left, f"{left} are there again")
+            expect(len(left) <= BACK * deleted, f"of {deleted}, {left} are there again")
 
-        try:
-            eventually(all_gone, seconds=15)
-        except Failed as failed:
-            # They were deleted, with mails in them, while a run was carrying these.
-            pytest.xfail(str(failed))
-    if ended:
-        pytest.xfail(f"a sync changed a folder under the hands of a client: {ended}")
+        eventually(all_gone, seconds=15)

@@ -70,6 +70,14 @@ def test_deletions_are_known_by_the_folders_guids(tmp_path: Path) -> None:
     assert deletions(tmp_path) == {GUID: 4}
 
 
+def test_a_deletion_that_is_not_known_any_more_is_added(tmp_path: Path) -> None:
+    log = tmp_path / NAME
+    log.write_bytes(gone(GUID, 9))
+    assert attest(tmp_path, {}, {GUID: 3.0, "f" * 32: 4.0}) == 1
+    assert log.read_bytes() == gone(GUID, 9) + gone("f" * 32, 4)
+    assert attest(tmp_path, {}, {"f" * 32: 4.0}) == 0
+
+
 def test_no_new_log_is_made_for_what_is_added(tmp_path: Path) -> None:
     """Dovecot has just put the last one aside: some session may do it again with a new one."""
     (tmp_path / OLDER).write_bytes(record(RENAME, "a", 5))

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pairsync import changelog
+from pairsync import changelog, history
 from pairsync.doveadm import Doveadm, DovecotError, Reply
 from pairsync.renames import (
     NOTHING,
@@ -28,6 +28,7 @@ from pairsync.renames import (
     relics,
 )
 from pairsync.state import States
+from tests.index_logs import DSYNC, append, done, log
 
 
 def test_a_rename_is_known_by_the_folder() -> None:
@@ -98,13 +99,14 @@ def test_what_dsync_made_of_an_earlier_name_is_told_from_what_a_user_made() -> N
     assert relics({"G": "a"}, left, NOTHING) == {}
 
 
-def test_a_deleted_folder_that_is_there_again_was_made_by_dsync() -> None:
+def test_a_folder_is_not_unwanted_for_the_name_of_a_deleted_one() -> None:
     told, missing = add(NOTHING, [Change("", "a", 1.0), Change("a", "", 2.0)], {})
     assert told == Told({}, {"a": ("", 2.0)}, {})
     assert not missing
-    assert relics({"G": "a"}, told, NOTHING) == {"a": ("", 2.0)}
-    assert relics({"G": "a"}, NOTHING, told) == {"a": ("", 2.0)}
-    assert relics({"G": "a"}, told, Told(made={"a": 3.0})) == {}
+    assert relics({"G": "a"}, told, NOTHING) == relics({"G": "a"}, NOTHING, told) == {}
+    # Nor for the one that had it before that.
+    before = Told(left={"a": ("H", 1.0)})
+    assert relics({"G": "a"}, told, before) == relics({"G": "a"}, before, told) == {}
     again, _ = add(told, [Change("", "a", 3.0)], {"G": "a"})
     assert again == Told({}, {}, {"a": 3.0})
 
@@ -155,10 +157,18 @@ def test_a_folder_that_was_renamed_before_is_deleted_under_all_of_its_names() ->
 
 
 def test_what_the_peer_is_told_arrives() -> None:
-    told = Told({"G": ("b", 2.5)}, {"a": ("G", 2.5)}, {"b": 2.5})
+    told = Told({"G": ("b", 2.5)}, {"a": ("G", 2.5)}, {"b": 2.5}, {"H": 2.0})
     assert Told.of(told.document()) == told
     assert Told.of(None) == NOTHING
     assert not NOTHING
+    assert Told(gone={"H": 2.0})
+
+
+def test_an_earlier_release_tells_of_no_deletions() -> None:
+    told = Told({"G": ("b", 2.5)}, {"a": ("G", 2.5)}, {"b": 2.5})
+    document = told.document()
+    del document["gone"]
+    assert Told.of(document) == told
 
 
 class Dovecot(Doveadm):
@@ -169,7 +179,7 @@ class Dovecot(Doveadm):
         self.lists = [dict(names) for names in lists]
         self.did: list[tuple[str, ...]] = []
         self.mails: list[tuple[str, ...]] = []
-        self.index = Path("/nowhere")
+        self.inbox = Path("/nowhere")
 
     async def run(self, user: str, *words: str) -> Reply:
         if words[0] == "mailbox status":
@@ -178,7 +188,7 @@ class Dovecot(Doveadm):
         if words[0] == "fetch":
             return Reply("", tuple(value for row in self.mails for value in row), "")
         if words[0] == "mailbox path":
-            return Reply("", (str(self.index),), "")
+            return Reply("", (str(self.inbox.with_name(words[-1])),), "")
         self.did.append(words)
         if words[0] == "mailbox rename":
             (names,) = self.lists
@@ -297,74 +307,129 @@ def test_news_of_other_folders_keep_none(tmp_path: Path) -> None:
 def deleted(folder: Path, guid: str, seconds: int) -> Path:
     """Dovecot's log tells that a folder was deleted; where the inbox's index is."""
     inbox = folder / "mdbox" / "mailboxes" / "INBOX"
-    inbox.mkdir(parents=True)
+    inbox.mkdir(parents=True, exist_ok=True)
     record = bytes([1, 0, 0, 0]) + bytes.fromhex(guid) + struct.pack(">I", seconds)
     (folder / "mdbox" / changelog.LOGS[-1]).write_bytes(record)
     return inbox
 
 
-GUID = "ab" * 16
-_WENT = [("expunge", "mailbox-guid", GUID, "uid", "1"), ("mailbox delete", "-e", "--", "a")]
+GUID, OTHER = "ab" * 16, "cd" * 16
 
 
-@pytest.mark.parametrize(
-    ("relic", "logged", "ended"),
-    [
-        pytest.param(GUID, 20, 21.0, id="it-is-the-one"),
-        pytest.param("cd" * 16, 20, 21.0, id="another-of-its-name"),
-        pytest.param(GUID, 90, 21.0, id="another-deletion"),
-        pytest.param(GUID, 20, 20.0, id="somebody-else-brought-it-back"),
-    ],
-)
-def test_the_very_folder_that_was_deleted_here_goes_with_mails_that_are_older(
-    tmp_path: Path, relic: str, logged: int, ended: float
+@pytest.mark.parametrize(("logged", "known"), [(20, {GUID: 20.0}), (19, {GUID: 19.0}), (90, {})])
+def test_which_folder_was_deleted_is_learned_before_dovecots_log_forgets_it(
+    tmp_path: Path, logged: int, known: dict[str, float]
 ) -> None:
-    dovecot = Dovecot({relic: "a"})
-    dovecot.index = deleted(tmp_path, GUID, logged)
-    dovecot.mails = [(str(uid), str(saved)) for uid, saved in enumerate((19, 20, 21), 1)]
-    mine = Told(left={"a": ("", 20.9)})
+    dovecot = Dovecot({OTHER: "a"})
+    dovecot.inbox = deleted(tmp_path, GUID, logged)
     renames = made(tmp_path, dovecot)
-    renames._ended["jane"] = ended
-    asyncio.run(renames.carry_out("jane", mine, NOTHING, moves=True))
-    assert dovecot.did == (_WENT if (relic, logged, ended) == (GUID, 20, 21.0) else [])
+    renames.note(hook(tmp_path, "a", "", 20.9))
+    assert asyncio.run(renames.learn("jane/x")).gone == known
+    deleted(tmp_path, OTHER, 21)
+    assert asyncio.run(renames.learn("jane/x")).gone == known
+    renames.done("jane/x", Told(gone={GUID: 5.0}))
+    assert asyncio.run(renames.learn("jane/x")).gone == known
+    renames.done("jane/x", Told(gone=known))
+    assert asyncio.run(renames.learn("jane/x")).gone == {}
 
 
 @pytest.mark.parametrize("is_there", [False, True])
-def test_a_folder_that_was_seen_to_go_is_known_without_dovecots_log(
+def test_which_folder_was_deleted_is_known_without_dovecots_log(
     tmp_path: Path, is_there: bool
 ) -> None:
-    dovecot = Dovecot({GUID: "a"}, {GUID: "a"} if is_there else {}, {GUID: "a"})
-    dovecot.index = deleted(tmp_path, "cd" * 16, 1)
-    dovecot.mails = [("1", "1")]
+    dovecot = Dovecot({GUID: "a"}, {GUID: "b"} if is_there else {})
+    dovecot.inbox = deleted(tmp_path, OTHER, 1)
     renames = made(tmp_path, dovecot)
     asyncio.run(renames._names("jane/x"))
-    renames.note(hook(tmp_path, "a", "", 20.9))
+    renames.note(hook(tmp_path, "a", "", 20.5))
     told = asyncio.run(renames.learn("jane/x"))
-    asyncio.run(renames.ended("jane/x", NOTHING, NOTHING))
-    asyncio.run(renames.carry_out("jane/x", told, NOTHING, moves=True))
-    assert dovecot.did == ([] if is_there else _WENT)
-    renames.done("jane/x", told)
-    assert renames._gone == {"jane/x": {}}
+    assert told.gone == ({} if is_there else {GUID: 20.5})
+
+
+def test_a_folder_that_is_renamed_and_deleted_is_known_by_its_first_name(tmp_path: Path) -> None:
+    renames = made(tmp_path, Dovecot({GUID: "a"}, {}))
+    asyncio.run(renames._names("jane/x"))
+    renames.note(hook(tmp_path, "a", "b", 5.0))
+    asyncio.run(renames.learn("jane/x"))
+    renames.note(hook(tmp_path, "b", "", 6.0))
+    assert asyncio.run(renames.learn("jane/x")).gone == {GUID: 6.0}
+
+
+def test_what_is_in_no_list_for_a_moment_is_not_added_to_what_dsync_finds(tmp_path: Path) -> None:
+    dovecot = Dovecot({GUID: "a"}, {}, {GUID: "b"})
+    dovecot.inbox = deleted(tmp_path, OTHER, 1)
+    log = tmp_path / "mdbox" / changelog.LOGS[-1]
+    before = log.read_bytes()
+    renames = made(tmp_path, dovecot)
+    asyncio.run(renames._names("jane/x"))
+    renames.note(hook(tmp_path, "a", "", 20.5))
+    asyncio.run(renames.attest("jane/x"))
+    assert log.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("there", "name", "ended", "theirs", "goes"),
+    [
+        pytest.param(GUID, "a", 21.0, NOTHING, True, id="it-is-the-one"),
+        pytest.param(OTHER, "a", 21.0, NOTHING, False, id="another-of-its-name"),
+        pytest.param(GUID, "b", 21.0, NOTHING, False, id="no-name-of-it"),
+        pytest.param(GUID, "a", 19.9, NOTHING, False, id="no-dsync-brought-it-back"),
+        pytest.param(GUID, "a", 30.0, Told({GUID: ("a", 25.0)}), False, id="renamed-since"),
+        pytest.param(GUID, "a", 30.0, Told({GUID: ("a", 15.0)}), True, id="renamed-before"),
+    ],
+)
+def test_the_very_folder_that_was_deleted_here_goes_with_the_mails_that_were_in_it(
+    tmp_path: Path, there: str, name: str, ended: float, theirs: Told, goes: bool
+) -> None:
+    dovecot = Dovecot({there: name})
+    dovecot.inbox = tmp_path / "INBOX"
+    saved = {1: 19, 2: 20, 3: 20, 4: 20, 5: 21}
+    guids = {uid: f"{uid:032x}" for uid in saved}
+    dovecot.mails = [(str(uid), guids[uid], str(when)) for uid, when in saved.items()]
+    index = tmp_path / "a"
+    index.mkdir()
+    # dsync brought the second; a user saved the third, of which dsync made the fourth.
+    (index / history.LOGS[-1]).write_bytes(
+        log(
+            append(2, guids[2], DSYNC),
+            append(3, guids[3]),
+            append(4, guids[3], DSYNC),
+            done(3, guids[3], DSYNC),
+        )
+    )
+    dovecot.mails[3] = ("4", guids[3], "20")
+    renames = made(tmp_path, dovecot)
+    renames._ended["jane"] = ended
+    # Names that it had when it was deleted.
+    mine = Told(left={"a": ("", 20.0)}, gone={GUID: 20.0})
+    asyncio.run(renames.carry_out("jane", mine, theirs, moves=True))
+    expunged = ("expunge", "mailbox-guid", GUID, "uid", "1:2")
+    assert dovecot.did == ([expunged, ("mailbox delete", "-e", "--", "a")] if goes else [])
 
 
 def test_what_was_deleted_on_the_other_server_is_left_to_dsync(tmp_path: Path) -> None:
     dovecot = Dovecot({GUID: "a"})
-    dovecot.index = deleted(tmp_path, GUID, 20)
-    theirs = Told(left={"a": ("", 20.9)})
-    asyncio.run(made(tmp_path, dovecot).carry_out("jane", NOTHING, theirs, moves=True))
+    dovecot.inbox = deleted(tmp_path, GUID, 20)
+    theirs = Told(left={"a": ("", 20.9)}, gone={GUID: 20.0})
+    renames = made(tmp_path, dovecot)
+    renames._ended["jane"] = 30.0
+    asyncio.run(renames.carry_out("jane", NOTHING, theirs, moves=True))
     assert dovecot.did == []
 
 
-def test_dsync_finds_renames_that_dovecot_did_not_keep(tmp_path: Path) -> None:
+def test_dsync_finds_renames_and_deletions_that_dovecot_did_not_keep(tmp_path: Path) -> None:
     dovecot = Dovecot({"G": "b"})
-    dovecot.index = deleted(tmp_path, GUID, 5)
+    dovecot.inbox = deleted(tmp_path, GUID, 5)
     log = tmp_path / "mdbox" / changelog.LOGS[-1]
     before = log.read_bytes()
     renames = made(tmp_path, dovecot)
-    renames._states.of("jane/x").told = Told(renamed={"G": ("b", 7.5)}).document()
+    told = Told(renamed={"G": ("b", 7.5)}, gone={GUID: 5.0, OTHER: 6.0})
+    renames._states.of("jane/x").told = told.document()
     asyncio.run(renames.attest("jane/x"))
     name = hashlib.sha1(b"b").digest()[:16]
-    assert log.read_bytes() == before + bytes([3, 0, 0, 0]) + name + struct.pack(">I", 7)
+    added = bytes([3, 0, 0, 0]) + name + struct.pack(">I", 7)
+    added += bytes([1, 0, 0, 0]) + bytes.fromhex(OTHER) + struct.pack(">I", 6)
+    assert log.read_bytes() == before + added
 
 
 def test_a_folder_with_mails_on_the_other_server_stays_and_one_here_is_told_of(
@@ -414,8 +479,8 @@ def test_what_is_told_while_a_file_is_learned_does_not_come_back(tmp_path: Path)
 def test_a_name_of_the_peers_gets_its_time_and_one_of_ours_keeps_it(tmp_path: Path) -> None:
     log = tmp_path / "mdbox" / changelog.LOGS[-1]
     dovecot = Dovecot({"G": "a", "H": "b"})
-    dovecot.index = log.parent / "mailboxes" / "INBOX"
-    dovecot.index.mkdir(parents=True)
+    dovecot.inbox = log.parent / "mailboxes" / "INBOX"
+    dovecot.inbox.mkdir(parents=True)
     content = b"".join(
         bytes([3, 0, 0, 0]) + hashlib.sha1(name).digest()[:16] + struct.pack(">I", 9)
         for name in (b"a", b"b")
