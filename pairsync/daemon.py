@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pairsync import __version__, inotify, locks, night, notify, repair, status
+from pairsync.burials import Burials
 from pairsync.config import Config, ConfigError, read_secret
 from pairsync.control import Control
 from pairsync.doveadm import Doveadm, DovecotError
@@ -35,6 +36,8 @@ _NIGHT_SECONDS = 30.0
 _DOVECOT_SECONDS = 2.0
 _BACKGROUND_AT_ONCE = 200
 _CLOCKS_APART = 0.05
+_DSYNC_ENDS = 0.3
+"""Seconds that Dovecot needs to see that the other side of a run is gone."""
 _PASS_TRIES = 5
 
 
@@ -100,6 +103,10 @@ class Daemon:
                 config.dovecot.homes, config.sieve, self._states, self._doveadm, self._mark
             )
         self._renames = Renames(self._markers.folders, self._states, self._doveadm)
+        self._burials = Burials(self._doveadm, self._states)
+        for user, since in self._markers.dirty().items():
+            # Whose run broke off when the daemon died is among them.
+            self._burials.open(user, since)
         self._asides: set[asyncio.Task[None]] = set()
         self._peer = Peer(config, self._tls, self._secret, self._me, self._on_up, self._on_down)
         self._server = Server(
@@ -113,6 +120,7 @@ class Daemon:
             self._states,
             self._deletions,
             self._renames,
+            self._burials,
             self,
         )
         self._runner = Runner(
@@ -124,6 +132,7 @@ class Daemon:
             self._states,
             self._scripts,
             self._renames,
+            self._burials,
             self._suspects,
             self._settling,
             self.rests,
@@ -161,6 +170,7 @@ class Daemon:
         control = Control(self.config.files.run / "control", self)
         await control.start()
         await self._server.start()
+        self._work(self._bury(*self._burials))
         notify.tell("READY=1")
         notify.log(notify.INFO, f"{self.config.name} keeps itself equal to {self.config.peer.name}")
         async with asyncio.TaskGroup() as group:
@@ -205,6 +215,13 @@ class Daemon:
         with contextlib.suppress(DovecotError, OSError):
             await self._renames.learn(user)
 
+    async def _bury(self, *users: str) -> None:
+        """Where a run broke off: what dsync has made is deleted without the peer, if it must be."""
+        await asyncio.sleep(_DSYNC_ENDS)
+        for user in users:
+            with contextlib.suppress(DovecotError, OSError):
+                await self._burials.bury(user)
+
     def _work(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._asides.add(task)
@@ -223,7 +240,7 @@ class Daemon:
             self._dirty[user] = min(since, self._dirty.get(user, since))
 
     def _mark(self, user: str) -> None:
-        """Scripts of a user changed."""
+        """A run is due: scripts of the user changed, or the peer's run has left something."""
         try:
             self._markers.mark(user)
         except OSError as error:
@@ -258,7 +275,7 @@ class Daemon:
     def common(self, user: str) -> repair.Common:
         return repair.common(self._states.of(user).sync)
 
-    def left(self, user: str, *, well: bool | None, state: str) -> None:
+    def left(self, user: str, *, well: bool | None, state: str, again: bool) -> None:
         if well and state:
             # An own older one would hide flags of mails that were carried since: dsync takes them
             # for new on both servers, and compares no flags then.
@@ -277,6 +294,10 @@ class Daemon:
                 self._queue.rested(user)
         except OSError as error:
             self._marker_problem = f"changed users cannot be noted: {error.strerror}"
+        if user in self._burials:
+            self._work(self._bury(user))
+        if again:
+            self._mark(user)
         if well is False:
             self._notice(user, time.time())
             self._wake.set()
@@ -360,6 +381,8 @@ class Daemon:
         user, outcome, now = job.user, result.outcome, time.time()
         first = self._begun.pop(user, None)
         self._counts.run(outcome, result.seconds, result.bytes, now)
+        if user in self._burials:
+            self._work(self._bury(user))
         self._settle(user, outcome)
         if outcome is Outcome.OK:
             if first is not None:

@@ -8,13 +8,13 @@ line. Each proves that it knows the shared secret, without showing it, before it
     server: {"proof": HMAC("server" N M), "name": ..., "boot": ..., "store": ...}
     client: {"do": "watch"} and then {"ping": i} again and again, each answered; or
             {"do": "run", "user": ..., "silence": seconds, "deleted": {script: version},
-             "told": of folders made, renamed and deleted (pairsync.renames.Told),
+             "told": of folders made, renamed and deleted (pairsync.told.Told),
              "suspect": whether to compare first}
-    server: {"go": true, "deleted": {...}, "told": {...}, "stay": folders with mails under names
-             that nobody gave them}, or {"busy": true}, or,
+    server: {"go": true, "deleted": {...}, "told": {...}, "stay": folders, "carried": mails by
+             folder (both: pairsync.told.Standing)}, or {"busy": true}, or,
             where one of the two suspects that mails were left out (pairsync.repair),
             {"repair": {folder: uid}, "broken": whether a run broke off, "deleted": {...},
-             "told": {...}, "stay": [...]}
+             "told": {...}, "stay": [...], "carried": {...}}
     client: {"after": {folder: uid}}
     server: {"moot": {folder: [guid]}}
     client: {"moot": {folder: [guid]}}, with its own

@@ -5,7 +5,7 @@
 -- A disk that takes no new file must not keep mail out: then the marker goes to /run.
 -- A change of subscriptions leaves one more before it, with ~ in front: see markers.py. A new
 -- folder, a rename and a deletion leave one with ! in front, which has the old name and the new one
--- in it, a line each, where there are both: see renames.py.
+-- in it, a line each, where there are both: see told.py.
 
 local folders = { "/var/lib/pairsync/dirty/", "/run/pairsync/dirty/" }
 

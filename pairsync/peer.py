@@ -9,7 +9,7 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from pairsync.link import (
     receive,
     send,
 )
-from pairsync.renames import Told
+from pairsync.told import Standing, Told
 
 _CONNECT_SECONDS = 2.0
 _ANSWER_SECONDS = 6.0
@@ -62,16 +62,15 @@ class Grant:
     """The peer agrees to a run.
 
     ``deleted``: Sieve scripts that were deleted there -> version. ``told``: of folders that were
-    made and renamed there. ``stay``: names of folders that it could not take away, since there are
-    mails in them. ``repair``: None, or what both had after the last good run that the peer knows
-    of; then it waits for :mod:`pairsync.repair`. ``broken``: as far as it knows, a run broke off
-    since.
+    made, renamed and deleted there. ``standing``: what it found in them. ``repair``: None, or what
+    both had after the last good run that the peer knows of; then it waits for
+    :mod:`pairsync.repair`. ``broken``: as far as it knows, a run broke off since.
     """
 
     link: Link
     deleted: Mapping[str, float]
     told: Told
-    stay: Sequence[str]
+    standing: Standing
     repair: Mapping[str, int] | None
     broken: bool
 
@@ -157,7 +156,7 @@ class Peer:
                 link,
                 _times(answer.get("deleted")),
                 Told.of(answer.get("told")),
-                [str(name) for name in answer.get("stay", ())],
+                Standing.of(answer),
                 answer.get("repair"),
                 bool(answer.get("broken")),
             )

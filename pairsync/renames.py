@@ -3,97 +3,49 @@
 dsync knows the second of a rename, and takes its own for a user's. So of two names it may take the
 older one: where a folder is renamed within the second in which an earlier name was carried, or
 while a run is on. And where one is renamed or deleted under its hands, or on one server before it
-is made on the other, it may make the old name again. Dovecot's hook (notify.lua) therefore leaves a
-file for each rename, each deletion and each new folder, with the names, whose time is that of the
-change. The daemon finds out which folder it was, by its GUID, and remembers it until a run that
-began afterwards has ended well. Before each run both servers give such folders the name that was
-given last, and take away what only dsync made of the names before.
+is made on the other, it may make the old name again. Dovecot's hook therefore notes these changes
+(pairsync.told). The daemon finds out which folder it was, and remembers it until a run that began
+afterwards has ended well. Before each run both servers give such folders the name that was given
+last, and take away what only dsync made of the names before.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import time
-from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Awaitable, Collection, Iterable, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from pairsync import changelog, history, notify
+from pairsync import changelog, history, notify, repair
 from pairsync.doveadm import Doveadm, DovecotError, NoUser, Reply, uid_set
 from pairsync.markers import user_name
 from pairsync.state import States, UserState
+from pairsync.told import (
+    INBOX,
+    NOTHING,
+    Change,
+    Standing,
+    Told,
+    add,
+    follow,
+    given_at,
+    latest,
+    next_rename,
+    read,
+    relics,
+)
 
 T = TypeVar("T")
 
 _SIGN = "!"
-_INBOX = "INBOX"
-_SEPARATOR = "/"
 _SECONDS = 20.0
-_SEEN = 500
+_SEEN, _ASKED = 500, 1000
 _CLOSE = 2.0
 """By so many seconds Dovecot's time of a deletion may differ from the hook's."""
 _LOOKS, _PAUSE = 4, 0.05
 """A folder that is just being renamed is in no list."""
-
-Named = tuple[str, float]
-"""A name or a GUID, and a time (seconds since 1970)."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """What the hook tells of: ``old`` is empty where a folder was made, ``new`` where one was
-    deleted.
-    """
-
-    old: str
-    new: str
-    at: float
-
-
-@dataclass(frozen=True)
-class Told:
-    """What the peer does not know yet of a user's folders on one server.
-
-    :param renamed: folder (its GUID) -> its name, and when it was given that
-    :param left: name that a folder had before -> that folder, and when it was renamed; or that of a
-        deleted folder -> an empty text, and when
-    :param made: name that a user gave, to a new folder or an old one -> when
-    :param gone: folder (its GUID) that was deleted -> when
-    """
-
-    renamed: dict[str, Named] = field(default_factory=dict)
-    left: dict[str, Named] = field(default_factory=dict)
-    made: dict[str, float] = field(default_factory=dict)
-    gone: dict[str, float] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.renamed or self.left or self.made or self.gone)
-
-    def document(self) -> dict[str, Any]:
-        """For the peer."""
-        return asdict(self)
-
-    @classmethod
-    def of(cls, document: Mapping[str, Any] | None) -> Told:
-        """What the peer sent, or a state: one of earlier releases may know less."""
-        document = document or {}
-        made, gone = (
-            {str(what): float(at) for what, at in document.get(part, {}).items()}
-            for part in ("made", "gone")
-        )
-        renamed, left = (_named(document.get(part, {})) for part in ("renamed", "left"))
-        return cls(renamed, left, made, gone)
-
-
-def _named(document: Mapping[str, Any]) -> dict[str, Named]:
-    return {str(key): (str(name), float(at)) for key, (name, at) in document.items()}
-
-
-NOTHING = Told()
 
 
 class Renames:
@@ -149,22 +101,29 @@ class Renames:
         """What was known, with ``changes``. Raises :class:`DovecotError`."""
         state = self._states.of(user)
         seen = dict(self._seen.get(user, {}))
-        concerned = sorted({name for c in changes for name in (c.old, c.new) if name})
+        concerned = {name for c in changes for name in (c.old, c.new) if name}
+        # Dovecot takes no line of more than a megabyte.
+        only = sorted(concerned) if len(concerned) < _ASKED else ()
         deleted = await self._deleted(user, changes)
         for look in range(_LOOKS):
             await asyncio.sleep(_PAUSE if look else 0)
             # dsync may be at work: whoever looks into a folder that it is just making keeps it
             # from giving that the GUID that the folder has on the other server.
-            names = await self._names(user, *([] if look else concerned))
+            names = await self._names(user, *(() if look else only))
             # What was told meanwhile is not in the state any more.
             known, missing = add(Told.of(state.told), changes, names, seen)
             if not missing:
                 break
         origins, gone = follow(changes, seen)
-        known.gone.update({guid: at for guid, at in gone.items() if guid not in names})
-        known.gone.update(deleted)
+        guessed = {guid: at for guid, at in gone.items() if guid not in {*names, *deleted}}
+        if guessed:
+            # Whatever is there, under any name, has not been deleted.
+            there = await self._names(user)
+            guessed = {guid: at for guid, at in guessed.items() if guid not in there}
+            known, _ = add(Told.of(state.told), changes, names, seen)
+        known.gone.update(guessed | deleted)
         self._remember(user, state, known)
-        for name in set(concerned) - set(names.values()):
+        for name in concerned - set(names.values()):
             # What has been renamed or deleted since is known by this when that is learned.
             self._seen[user].pop(name, None)
             if origins.get(name):
@@ -178,18 +137,17 @@ class Renames:
         theirs: Told,
         *,
         moves: bool,
-        spared: Collection[str] = (),
-    ) -> list[str]:
+        there: Standing | None = None,
+    ) -> Standing:
         """Give the folders that are here the names that they were given last.
 
         What is in the way is left to dsync. ``moves``: whether this server moves mails that are
-        under an earlier name alone; the other one gets to know it by the run. ``spared``: names of
-        folders that stay, since dsync would delete them on the other server, which told that
-        there are mails in them. Returns names of folders that stay for that reason here. Raises
-        :class:`DovecotError`.
+        under an earlier name alone; the other one gets to know it by the run. ``there``: what it
+        returned, if it was first. Raises :class:`DovecotError`.
         """
+        stands = Standing()
         if not mine and not theirs:
-            return []
+            return stands
         wanted = latest(mine, theirs)
         names = await self._names(user)
         for _ in range(2 * len(wanted)):
@@ -203,32 +161,40 @@ class Renames:
                 )
                 break
             names = await self._names(user)
-        there = {name: guid for guid, name in names.items()}
-        stay = []
-        unwanted = []
+        here = {name: guid for guid, name in names.items()}
+        unwanted: list[tuple[str, str, float]] = []
         for name, (guid, at) in relics(names, mine, theirs).items():
             if not self._just_made(user, name, at):
                 if guid in names:
-                    await self._empty(user, there[name], guid, names[guid], moves=moves)
-                unwanted.append(name)
+                    await self._empty(user, here[name], guid, names[guid], moves=moves)
+                unwanted.append((here[name], name, at))
         # What was deleted on the other server is deleted by dsync.
+        for guid, at in theirs.gone.items():
+            if guid in names and guid not in mine.gone:
+                carried = await self._keep_unseen(user, guid, names[guid], at)
+                if carried:
+                    stands.carried[guid] = carried
         for guid, at in mine.gone.items():
-            if guid in names and self._came_back(user, guid, names[guid], at, mine, theirs):
-                await self._expunge_older(user, guid, names[guid], at)
-                unwanted.append(names[guid])
-        for name in unwanted:
-            if name in spared:
+            name = names.get(guid, "")
+            deleted_at = self._came_back(user, guid, name, at, mine, theirs)
+            if deleted_at is not None and await self._is_still(user, guid, name, deleted_at):
+                known = there.carried.get(guid, ()) if there else ()
+                await self._expunge_older(user, guid, name, at, known)
+                unwanted.append((guid, name, deleted_at))
+        for guid, name, at in unwanted:
+            if (there and name in there.stay) or not await self._is_still(user, guid, name, at):
                 continue
             # Only if it is empty.
             reply = await self._run(user, "mailbox delete", "-e", "--", name)
             if reply.code:
-                stay.append(name)
+                stands.stay.append(name)
+                stands.is_unsure |= there is None and guid in mine.gone
             else:
                 notify.log(
                     notify.INFO, f"{user}: {name} is taken away: a user renamed or deleted it"
                 )
         await self._backdate(user, mine, theirs)
-        return stay
+        return stands
 
     async def ended(self, user: str, mine: Told, theirs: Told) -> None:
         """A dsync has ended here, well or not. Raises :class:`DovecotError`."""
@@ -252,9 +218,13 @@ class Renames:
         """
         known = await self.learn(user)
         given = dict(known.renamed.values())
-        # Looked for once more: one that was just being renamed is not gone.
-        names = await self._names(user) if known.gone else {}
-        gone = {guid: at for guid, at in known.gone.items() if guid not in names}
+        gone = {}
+        if known.gone:
+            # Looked for once more: one that was just being renamed is not gone. Where folders come
+            # and go there may be no list.
+            with contextlib.suppress(DovecotError):
+                names = await self._names(user)
+                gone = {guid: at for guid, at in known.gone.items() if guid not in names}
         if (given or gone) and (folder := await self._logs_of(user)):
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(changelog.attest, folder, given, gone)
@@ -263,7 +233,7 @@ class Renames:
         """The folder with Dovecot's log of the user's folders; None where there is none yet."""
         if user not in self._logs:
             try:
-                index = await _limited(user, self._doveadm.index(user, _INBOX))
+                index = await _limited(user, self._doveadm.index(user, INBOX))
             except NoUser:
                 return None
             for folder in index.parents:
@@ -313,29 +283,40 @@ class Renames:
 
     def _came_back(
         self, user: str, guid: str, name: str, at: float, mine: Told, theirs: Told
-    ) -> bool:
-        """Whether dsync may have brought a folder back after its deletion.
+    ) -> float | None:
+        """When a folder was deleted that dsync may have brought back; None where it did not.
 
-        ``name``: the one that it has now. Whoever renamed it since wants it.
+        ``name``: the one that it has now; empty where it is not there. Whoever gave it that since,
+        or renamed it, wants it.
         """
-        if mine.left.get(name, (guid, at))[0]:
-            return False
-        renamed = [told.renamed[guid][1] for told in (mine, theirs) if guid in told.renamed]
-        return at <= self._ended.get(user, 0.0) and max(renamed, default=at) <= at + 1
+        folder, deleted_at = mine.left.get(name, (guid, 0.0))
+        if not name or folder or self._ended.get(user, 0.0) < at:
+            return None
+        both = (mine, theirs)
+        since = [given_at(told.made, name) for told in both]
+        since += [told.renamed[guid][1] for told in both if guid in told.renamed]
+        return deleted_at if max(since) < deleted_at else None
 
-    async def _expunge_older(self, user: str, guid: str, name: str, at: float) -> None:
+    async def _is_still(self, user: str, guid: str, name: str, since: float) -> bool:
+        """Whether a folder is there by a name that nobody has given anew."""
+        there = await self._names(user, name)
+        return there.get(guid) == name and not self._just_made(user, name, since)
+
+    async def _expunge_older(
+        self, user: str, guid: str, name: str, at: float, known: Collection[str]
+    ) -> None:
         """Delete mails of a folder that were in it when it was deleted, and dsync brought back.
 
-        Dovecot knows in whole seconds when a mail was saved, and dsync carries that with it; of
-        those of the very second the folder's log tells which ones dsync has put there.
+        Dovecot knows in whole seconds when a mail was saved, and dsync carries that with it. Those
+        of the very second came from here if dsync put them into the folder on both servers.
+        ``known``: such mails (GUIDs) of the other one.
         """
-        folder = ("mailbox-guid", guid)
-        fields = "uid guid date.saved.unixtime"
-        rows = await self._rows(user, 3, "fetch", fields, *folder)
-        index = await _limited(user, self._doveadm.index(user, name, guid))
-        present = [(int(uid), mail) for uid, mail, _ in rows]
-        lives = await asyncio.to_thread(lambda: history.read(history.logs_of(index), present))
+        rows = await self._rows(
+            user, 3, "fetch", "uid guid date.saved.unixtime", "mailbox-guid", guid
+        )
+        lives = await self._lives(user, guid, name, [row[:2] for row in rows])
         carried = {life.uid for life in lives if life.by_dsync and not life.before}
+        carried &= {life.uid for life in lives if life.guid in known}
         saved = {int(uid): int(when) for uid, _, when in rows}
         second = int(at)
         older = [
@@ -344,7 +325,39 @@ class Renames:
             if when < second or (when == second and uid in carried)
         ]
         if older:
-            await self._run(user, "expunge", *folder, "uid", uid_set(older))
+            await self._run(user, "expunge", "mailbox-guid", guid, "uid", uid_set(older))
+
+    async def _keep_unseen(self, user: str, guid: str, name: str, at: float) -> list[str]:
+        """Move mails to the inbox that came into a folder here, and that the other server, where it
+        was deleted, did not have.
+
+        Had this been known here, they would be there too. Returns mails (their GUIDs) that dsync
+        has brought from there, of the second of the deletion. Raises :class:`DovecotError`.
+        """
+        rows = await self._rows(
+            user, 3, "fetch", "uid guid date.saved.unixtime", "mailbox-guid", guid
+        )
+        lives = await self._lives(user, guid, name, [row[:2] for row in rows])
+        had = repair.common(self._states.of(user).sync).get(guid, 0)
+        carried = {life.guid for life in lives if life.by_dsync}
+        unseen = uid_set(
+            life.uid
+            for life in lives
+            if life.is_there and life.uid > had and life.guid not in carried
+        )
+        if unseen:
+            await self._rows(user, 1, "move", "--", INBOX, "mailbox-guid", guid, "uid", unseen)
+            notify.log(notify.INFO, f"{user}: moved to the inbox, {name} is deleted: UIDs {unseen}")
+        of_then = {mail for _, mail, saved in rows if int(saved) == int(at)}
+        return sorted(carried & of_then)
+
+    async def _lives(
+        self, user: str, guid: str, name: str, rows: Iterable[Sequence[str]]
+    ) -> history.History:
+        """The history of a folder; ``rows``: UID and GUID of the mails that are there."""
+        index = await _limited(user, self._doveadm.index(user, name, guid))
+        present = [(int(uid), mail) for uid, mail in rows]
+        return await asyncio.to_thread(lambda: history.read(history.logs_of(index), present))
 
     async def _empty(self, user: str, relic: str, guid: str, target: str, *, moves: bool) -> None:
         """Clear a folder that dsync made of an earlier name of another one.
@@ -372,7 +385,7 @@ class Renames:
         except NoUser:
             names = {}
         seen = {name: g for name, g in self._seen.get(user, {}).items() if g not in names}
-        if len(seen) > _SEEN:
+        if len(seen) > _SEEN and not only:
             seen.clear()
         self._seen[user] = seen | {name: guid for guid, name in names.items()}
         return names
@@ -390,127 +403,3 @@ async def _limited(user: str, work: Awaitable[T]) -> T:
             return await work
     except TimeoutError:
         raise DovecotError(f"doveadm for {user}: no answer") from None
-
-
-def read(files: Iterable[Path]) -> list[Change]:
-    """What the hook's files tell, the earliest first."""
-    found: list[Change] = []
-    for path in files:
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            at = path.stat().st_mtime
-            lines = path.read_text(encoding="utf-8").split("\n")
-            found += [Change(*pair, at) for pair in zip(lines[::2], lines[1::2], strict=False)]
-    # A rename of the inbox makes a new folder of its mails.
-    return sorted((c for c in found if c.old.upper() != _INBOX), key=lambda change: change.at)
-
-
-def add(
-    known: Told,
-    changes: Sequence[Change],
-    names: Mapping[str, str],
-    seen: Mapping[str, str] = MappingProxyType({}),
-) -> tuple[Told, bool]:
-    """``known`` with ``changes``, and whether folders of which they tell are not there.
-
-    ``names``: GUID -> name now; ``seen``: name lately -> GUID, of folders that may be gone.
-    """
-    guids = {name: guid for guid, name in names.items()}
-    origins, _ = follow(changes, seen)
-    renamed, left, made = dict(known.renamed), dict(known.left), dict(known.made)
-    chains: dict[str, list[Change]] = {}
-    for change in changes:
-        chain = [*chains.pop(change.old, []), change]
-        if change.old:
-            made.pop(change.old, None)
-        if change.new:
-            left.pop(change.new, None)
-            made[change.new] = change.at
-            if change.old:
-                chains[change.new] = chain
-            continue
-        # A name that another folder got since is that one's.
-        deleted = {c.old for c in chain if made.get(c.old, 0.0) < c.at}
-        for guid in [g for g, (name, _) in renamed.items() if name == chain[0].old]:
-            del renamed[guid]
-            deleted |= {name for name, (which, _) in left.items() if which == guid}
-        left |= dict.fromkeys(deleted, ("", change.at))
-    missing = False
-    for name, chain in chains.items():
-        first, last = chain[0], chain[-1]
-        found = guids.get(name)
-        if found is None and made.get(first.old, 0.0) < last.at:
-            # dsync has taken the name back already.
-            found = guids.get(first.old)
-        if found is None:
-            missing = True
-            # Where it is gone, what the peer has of it has an earlier name.
-            found = origins[name] if origins[name] not in names else None
-        if found:
-            renamed[found] = (name, last.at)
-            left |= {c.old: (found, c.at) for c in chain if made.get(c.old, 0.0) < c.at}
-    return Told(renamed, left, made, dict(known.gone)), missing
-
-
-def follow(
-    changes: Iterable[Change], seen: Mapping[str, str]
-) -> tuple[dict[str, str], dict[str, float]]:
-    """Which folder has a name after ``changes``, and which were deleted.
-
-    ``seen``: name -> GUID of folders that were there before. Returns name -> GUID, empty where that
-    is not known; and GUID -> when it was deleted.
-    """
-    origins, gone = dict(seen), {}
-    for change in changes:
-        origin = origins.pop(change.old, "")
-        if change.new:
-            origins[change.new] = origin
-        elif origin:
-            gone[origin] = change.at
-    return origins, gone
-
-
-def latest(one: Told, other: Told) -> dict[str, str]:
-    """Folder (its GUID) -> the name that it was given last."""
-    found = {}
-    for guid in {*one.renamed, *other.renamed}:
-        known = [side.renamed[guid] for side in (one, other) if guid in side.renamed]
-        found[guid] = max(known, key=lambda named: (named[1], named[0]))[0]
-    return found
-
-
-def next_rename(names: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[str, str] | None:
-    """What to rename next here: from, to; None where nothing is left that can be.
-
-    ``names``: folder (its GUID) -> the name that it has. Folders that exchange their names get out
-    of each other's way first.
-    """
-    wrong = {g: name for g, name in wanted.items() if names.get(g, name) != name}
-    holders = {name: guid for guid, name in names.items()}
-    for guid, name in wrong.items():
-        if name not in holders:
-            return names[guid], name
-    for guid, name in wrong.items():
-        if holders[name] in wrong:
-            return names[guid], f"{name} {secrets.token_hex(4)}"
-    return None
-
-
-def given_at(made: Mapping[str, float], name: str) -> float:
-    """When a user gave a folder its name: that folder, or one that it is in was made or renamed."""
-    parts = name.split(_SEPARATOR)
-    return max(made.get(_SEPARATOR.join(parts[:n]), 0.0) for n in range(1, len(parts) + 1))
-
-
-def relics(names: Mapping[str, str], one: Told, other: Told) -> dict[str, Named]:
-    """Folders here that have a name which nobody gave them.
-
-    Name -> which folder had it before, which may be gone, and when it was renamed.
-    """
-    found = {}
-    for name in {*one.left, *other.left}:
-        guid, at = max((t.left[name] for t in (one, other) if name in t.left), key=lambda n: n[1])
-        made = max(given_at(told.made, name) for told in (one, other))
-        is_there = any(n == name and g != guid for g, n in names.items())
-        if guid and is_there and made < at:
-            found[name] = (guid, at)
-    return found

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import contextlib
 import struct
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -44,8 +43,6 @@ _HEADER, _CHECKSUM = 4, 4
 _MAILBOX = struct.Struct("<16sIIQQI")
 _FIELDS = ("mailbox-guid", "uid", "guid")
 _LOOKS = 5
-_CLOCK_SECONDS = 1.0
-"""By so much a file's time may be behind."""
 
 
 def common(state: str) -> Common:
@@ -298,35 +295,3 @@ async def mend(doveadm: Doveadm, states: States, user: str, box: Mailbox, plan: 
         await doveadm.rows(user, 1, "move", "--", name, "mailbox-guid", folder, "uid", which)
         notify.log(notify.INFO, f"{user}: left out by a broken run, in {name}: UIDs {which}")
     return sum(map(len, plan.renumber.values()))
-
-
-async def bury(doveadm: Doveadm, states: States, user: str, since: float) -> None:
-    """Delete what the user took away here while dsync was giving it another UID.
-
-    ``since``: when that dsync began, seconds since 1970. Raises :class:`DovecotError`.
-    """
-    names = await doveadm.folders(user)
-    paths = await _paths(doveadm, user, names)
-    found = await asyncio.to_thread(_copies, paths, since, states.doubles(user))
-    for folder, copies in found.items():
-        query = ("mailbox-guid", folder, "uid", uid_set(uid for uid, _ in copies))
-        rows = await doveadm.rows(user, 2, "fetch", "uid guid", *query)
-        left = [Life(int(uid), guid, is_there=True) for uid, guid in rows]
-        box = Mailbox({folder: left}, names)
-        await mend(doveadm, states, user, box, Plan({folder: copies}, {}))
-
-
-def _copies(
-    paths: Mapping[str, Path], since: float, doubles: Mapping[str, Set[Mail]]
-) -> dict[str, list[Mail]]:
-    """Unwanted copies that dsync made in folders whose logs were written since then."""
-    found = {}
-    for folder, path in paths.items():
-        with contextlib.suppress(OSError):
-            if (path / history.LOGS[-1]).stat().st_mtime >= since - _CLOCK_SECONDS:
-                lives = history.read(history.logs_of(path), (), copied=True)
-                lives = history.spared(lives, doubles.get(folder, set()))
-                copied = {(life.uid, life.guid) for life in lives if life.before}
-                if unwanted := history.unwanted([lives]) & copied:
-                    found[folder] = sorted(unwanted)
-    return found

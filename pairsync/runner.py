@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pairsync import repair
+from pairsync.burials import Burials
 from pairsync.config import Config
 from pairsync.doveadm import Doveadm, DovecotError, Reply
 from pairsync.link import LinkError, Reader, Writer, receive, send
@@ -115,6 +116,7 @@ class Runner:
         states: States,
         scripts: Scripts | None,
         renames: Renames,
+        burials: Burials,
         suspects: set[str],
         settling: set[str],
         rests: Callable[[str], bool],
@@ -128,6 +130,7 @@ class Runner:
         self._states = states
         self._scripts = scripts
         self._renames = renames
+        self._burials = burials
         self._suspects = suspects
         self._settling = settling
         self._rests = rests
@@ -190,7 +193,7 @@ class Runner:
                 self._turns.granted(job.user)
                 await self._delete_scripts(job.user, {**deleted, **grant.deleted})
                 await self._renames.carry_out(
-                    job.user, told, grant.told, moves=True, spared=grant.stay
+                    job.user, told, grant.told, moves=True, there=grant.standing
                 )
                 if grant.repair is not None:
                     await self._repair(job.user, grant, broken=broken or grant.broken)
@@ -200,16 +203,15 @@ class Runner:
                 await self._renames.attest(job.user)
                 traffic.count(0)
                 self._suspects.add(job.user)
-                began = time.time()
+                self._burials.open(job.user, time.time())
                 carrier = _Carrier(slot, grant, traffic, seconds)
                 reply = await carrier.sync(self._doveadm, job.user, state)
                 with contextlib.suppress(DovecotError):
                     await self._renames.ended(job.user, told, grant.told)
-                if self._changes(job.user):
-                    await repair.bury(self._doveadm, self._states, job.user, began)
                 if reply is None:
                     seconds = patience(seconds, traffic.size)
                     return Outcome.STALLED, f"nothing moved for {seconds:.0f} s"
+                await self._burials.end(job.user, changed=self._changes(job.user))
                 outcome, words = self._judge(job, reply, deleted, state, traffic)
                 if outcome is Outcome.OK:
                     given = self._states.of(job.user).sync

@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
+from pairsync.burials import Burials
 from pairsync.config import Config
 from pairsync.doveadm import Doveadm, DovecotError
 from pairsync.link import (
@@ -24,17 +25,19 @@ from pairsync.link import (
 )
 from pairsync.peer import without_delay
 from pairsync.relay import Traffic, relay, silence, take_frame
-from pairsync.renames import NOTHING, Renames, Told
-from pairsync.repair import Common, Plan, all_of, bury, listed, look, mend
+from pairsync.renames import Renames
+from pairsync.repair import Common, Plan, all_of, listed, look, mend
 from pairsync.schedule import Turns
 from pairsync.sieve import ScriptError
 from pairsync.state import States
+from pairsync.told import NOTHING, Standing, Told
 
 _GREETING_SECONDS = 5.0
 _TURN_SECONDS = 2.0
 _STRANGERS = 16
 _SLACK_SECONDS = 2.0
 _WORD_SECONDS = 2.0
+_ENDS_SECONDS = 2.0
 _REPAIR_SECONDS = 60.0
 
 Deletions = Callable[[str, Mapping[str, float]], Awaitable[Mapping[str, float]]]
@@ -56,10 +59,11 @@ class Guests(Protocol):
     def common(self, user: str) -> Common:
         """What both had after the last good run that this server knows of."""
 
-    def left(self, user: str, *, well: bool | None, state: str) -> None:
+    def left(self, user: str, *, well: bool | None, state: str, again: bool) -> None:
         """The run has ended; None: before dsync began, so nothing is better or worse.
 
-        ``state``: what dsync gave as its state, if it did.
+        ``state``: what dsync gave as its state, if it did. ``again``: this server has to do one
+        itself.
         """
 
 
@@ -81,6 +85,7 @@ class Server:
         states: States,
         deletions: Deletions,
         renames: Renames,
+        burials: Burials,
         guests: Guests,
     ) -> None:
         self._config = config
@@ -93,6 +98,7 @@ class Server:
         self._states = states
         self._deletions = deletions
         self._renames = renames
+        self._burials = burials
         self._guests = guests
         self._strangers = 0
         self._runs: dict[asyncio.Task[None], str] = {}
@@ -207,13 +213,13 @@ class Server:
         traffic = Traffic()
         well: bool | None = None
         state = ""
-        mine = NOTHING
+        mine, standing = NOTHING, Standing()
         try:
             gone = await self._deletions(user, deleted)
             mine = await self._renames.learn(user)
             theirs = Told.of(request.get("told"))
-            stay = await self._renames.carry_out(user, mine, theirs, moves=False)
-            told = {"deleted": dict(gone), "told": mine.document(), "stay": stay}
+            standing = await self._renames.carry_out(user, mine, theirs, moves=False)
+            told = {"deleted": dict(gone), "told": mine.document(), **standing.document()}
             local_reader, local = await self._doveadm.connect()
             if self._guests.rests(user):
                 await send(writer, {"busy": True})
@@ -233,18 +239,19 @@ class Server:
             with contextlib.suppress(DovecotError):
                 await self._renames.attest(user)
             well = False
-            began = time.time()
+            self._burials.open(user, time.time())
             traffic.count(len(first))
             local.write(first)
             clean = await self._relay((local_reader, local), (reader, writer), traffic, seconds)
             if clean:
                 word = await receive(reader, _WORD_SECONDS)
                 well, state = bool(word["well"]), str(word["state"])
+            else:
+                await _ended(local_reader, local)
             # If Dovecot is gone by now, the next run does this, or that of a user who has settled.
             with contextlib.suppress(DovecotError):
                 await self._renames.ended(user, mine, theirs)
-                if self._guests.changes(user):
-                    await bury(self._doveadm, self._states, user, began)
+                await self._burials.end(user, changed=self._guests.changes(user))
             return clean
         except (DovecotError, ScriptError) as error:
             await send(writer, {"error": f"its Dovecot: {error}"})
@@ -252,10 +259,10 @@ class Server:
         except TimeoutError:
             return False
         finally:
-            if well and state:
+            if well and state and not standing.is_unsure:
                 # Without a state, something changed meanwhile: the peer has not done with it.
                 self._renames.done(user, mine)
-            self._guests.left(user, well=well, state=state)
+            self._guests.left(user, well=well, state=state, again=standing.is_unsure)
             if local is not None and traffic.size:
                 local.transport.abort()
             elif local is not None:
@@ -300,3 +307,12 @@ class Server:
     async def _notify(self) -> None:
         async with self._released:
             self._released.notify_all()
+
+
+async def _ended(reader: Reader, writer: Writer) -> None:
+    """Wait for a doveadm whose run broke off: it may be at work with what it has got."""
+    with contextlib.suppress(OSError, TimeoutError):
+        writer.write_eof()
+        async with asyncio.timeout(_ENDS_SECONDS):
+            while await reader.read(1 << 16):
+                pass

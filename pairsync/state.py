@@ -27,7 +27,7 @@ class UserState:
     :param deleted: Sieve scripts deleted here, which the peer does not know yet -> time of the
         deleted version's last change
     :param told: what the hook told of new and renamed folders, and the peer does not know yet
-        (pairsync.renames.Told)
+        (pairsync.told.Told)
     :param doubles: folder (its GUID) -> UID and GUID of mails that pairsync deleted there, because
         the folder had them twice; its log tells of that as of a user's deletion
     """

@@ -115,6 +115,28 @@ def test_both_are_written_while_they_cannot_reach_each_other(pair: Pair) -> None
         assert first[2] == "\\Flagged \\Seen important"
 
 
+def test_mail_for_a_folder_that_was_deleted_there_meanwhile_goes_to_the_inbox(pair: Pair) -> None:
+    (user,) = pair.fresh(1)
+    with pair.a.imap(user) as imap:
+        imap.create("Brief")
+        imap.append("Brief", "", "", b"Message-ID: <had@x>\r\n\r\n")
+    pair.wait_equal([user])
+    pair.wait_quiet()
+    pair.a.cut()
+    try:
+        with pair.b.imap(user) as imap:
+            assert imap.append("Brief", "", "", b"Message-ID: <unseen@x>\r\n\r\n")[0] == "OK"
+        with pair.a.imap(user) as imap:
+            assert imap.delete("Brief")[0] == "OK"
+    finally:
+        pair.a.heal()
+    wait_for("it is known there", lambda: "Brief" not in pair.b.contents(user)["folders"])
+    pair.wait_equal([user])
+    found = pair.a.contents(user)["folders"]
+    assert "Brief" not in found
+    assert [message for *_, message in found["INBOX"]] == ["<unseen@x>"]
+
+
 def test_the_plug_of_one_is_pulled(pair: Pair) -> None:
     users = pair.fresh(4)
     with stream([pair.a], users, 10) as flow:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import os
 import struct
@@ -15,10 +16,12 @@ from hypothesis import strategies as st
 
 from pairsync import changelog, history
 from pairsync.doveadm import Doveadm, DovecotError, Reply
-from pairsync.renames import (
+from pairsync.renames import Renames
+from pairsync.state import States
+from pairsync.told import (
     NOTHING,
     Change,
-    Renames,
+    Standing,
     Told,
     add,
     given_at,
@@ -27,7 +30,6 @@ from pairsync.renames import (
     read,
     relics,
 )
-from pairsync.state import States
 from tests.index_logs import DSYNC, append, done, log
 
 
@@ -188,7 +190,7 @@ class Dovecot(Doveadm):
         if words[0] == "fetch":
             return Reply("", tuple(value for row in self.mails for value in row), "")
         if words[0] == "mailbox path":
-            return Reply("", (str(self.inbox.with_name(words[-1])),), "")
+            return Reply("", (str(self.inbox.parent / words[-1]),), "")
         self.did.append(words)
         if words[0] == "mailbox rename":
             (names,) = self.lists
@@ -333,11 +335,15 @@ def test_which_folder_was_deleted_is_learned_before_dovecots_log_forgets_it(
     assert asyncio.run(renames.learn("jane/x")).gone == {}
 
 
-@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize(
+    ("lists", "is_there"),
+    [([{}], False), ([{GUID: "b"}], True), ([{}, {GUID: "c"}], True)],
+    ids=["gone", "there", "there-by-another-name"],
+)
 def test_which_folder_was_deleted_is_known_without_dovecots_log(
-    tmp_path: Path, is_there: bool
+    tmp_path: Path, lists: list[dict[str, str]], is_there: bool
 ) -> None:
-    dovecot = Dovecot({GUID: "a"}, {GUID: "b"} if is_there else {})
+    dovecot = Dovecot({GUID: "a"}, *lists)
     dovecot.inbox = deleted(tmp_path, OTHER, 1)
     renames = made(tmp_path, dovecot)
     asyncio.run(renames._names("jane/x"))
@@ -370,12 +376,16 @@ def test_what_is_in_no_list_for_a_moment_is_not_added_to_what_dsync_finds(tmp_pa
 @pytest.mark.parametrize(
     ("there", "name", "ended", "theirs", "goes"),
     [
-        pytest.param(GUID, "a", 21.0, NOTHING, True, id="it-is-the-one"),
-        pytest.param(OTHER, "a", 21.0, NOTHING, False, id="another-of-its-name"),
+        pytest.param(GUID, "p/a", 21.0, NOTHING, True, id="it-is-the-one"),
+        pytest.param(OTHER, "p/a", 21.0, NOTHING, False, id="another-of-its-name"),
         pytest.param(GUID, "b", 21.0, NOTHING, False, id="no-name-of-it"),
-        pytest.param(GUID, "a", 19.9, NOTHING, False, id="no-dsync-brought-it-back"),
-        pytest.param(GUID, "a", 30.0, Told({GUID: ("a", 25.0)}), False, id="renamed-since"),
-        pytest.param(GUID, "a", 30.0, Told({GUID: ("a", 15.0)}), True, id="renamed-before"),
+        pytest.param(GUID, "p/a", 19.9, NOTHING, False, id="no-dsync-brought-it-back"),
+        pytest.param(GUID, "p/a", 30.0, Told({GUID: ("p/a", 25.0)}), False, id="renamed-since"),
+        pytest.param(GUID, "p/a", 30.0, Told({GUID: ("p/a", 15.0)}), True, id="renamed-before"),
+        pytest.param(
+            GUID, "p/a", 30.0, Told(made={"p": 25.0}), False, id="within-one-renamed-since"
+        ),
+        pytest.param(GUID, "p/a", 30.0, Told(made={"p/a": 20.1}), True, id="made-before"),
     ],
 )
 def test_the_very_folder_that_was_deleted_here_goes_with_the_mails_that_were_in_it(
@@ -386,25 +396,65 @@ def test_the_very_folder_that_was_deleted_here_goes_with_the_mails_that_were_in_
     saved = {1: 19, 2: 20, 3: 20, 4: 20, 5: 21}
     guids = {uid: f"{uid:032x}" for uid in saved}
     dovecot.mails = [(str(uid), guids[uid], str(when)) for uid, when in saved.items()]
-    index = tmp_path / "a"
-    index.mkdir()
-    # dsync brought the second; a user saved the third, of which dsync made the fourth.
+    index = tmp_path / "p" / "a"
+    index.mkdir(parents=True)
+    # dsync brought the second and the fifth; of the third, a user's, it made the fourth.
     (index / history.LOGS[-1]).write_bytes(
         log(
             append(2, guids[2], DSYNC),
             append(3, guids[3]),
             append(4, guids[3], DSYNC),
             done(3, guids[3], DSYNC),
+            append(5, guids[5], DSYNC),
         )
     )
     dovecot.mails[3] = ("4", guids[3], "20")
     renames = made(tmp_path, dovecot)
     renames._ended["jane"] = ended
     # Names that it had when it was deleted.
-    mine = Told(left={"a": ("", 20.0)}, gone={GUID: 20.0})
-    asyncio.run(renames.carry_out("jane", mine, theirs, moves=True))
+    mine = Told(left={"p/a": ("", 20.5)}, gone={GUID: 20.0})
+    known = Standing(carried={GUID: [guids[2], guids[3]]})
+    asyncio.run(renames.carry_out("jane", mine, theirs, moves=True, there=known))
     expunged = ("expunge", "mailbox-guid", GUID, "uid", "1:2")
-    assert dovecot.did == ([expunged, ("mailbox delete", "-e", "--", "a")] if goes else [])
+    taken_away = ("mailbox delete", "-e", "--", "p/a")
+    assert dovecot.did == ([expunged, taken_away] if goes else [])
+
+
+def test_who_does_not_know_what_the_other_one_has_leaves_mails_of_the_second_alone(
+    tmp_path: Path,
+) -> None:
+    class Full(Dovecot):
+        async def run(self, user: str, *words: str) -> Reply:
+            reply = await super().run(user, *words)
+            return Reply("NOTPOSSIBLE", (), "") if words[0] == "mailbox delete" else reply
+
+    dovecot = Full({GUID: "a"})
+    dovecot.inbox = tmp_path / "INBOX"
+    guids = {uid: f"{uid:032x}" for uid in (1, 2)}
+    dovecot.mails = [("1", guids[1], "19"), ("2", guids[2], "20")]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / history.LOGS[-1]).write_bytes(
+        log(*(append(u, guids[u], DSYNC) for u in guids))
+    )
+    renames = made(tmp_path, dovecot)
+    renames._ended["jane"] = 21.0
+    mine = Told(left={"a": ("", 20.5)}, gone={GUID: 20.0})
+    stands = asyncio.run(renames.carry_out("jane", mine, NOTHING, moves=False))
+    assert dovecot.did[0] == ("expunge", "mailbox-guid", GUID, "uid", "1")
+    assert (stands.stay, stands.is_unsure) == (["a"], True)
+    stands = asyncio.run(renames.carry_out("jane", mine, NOTHING, moves=True, there=Standing()))
+    assert (stands.stay, stands.is_unsure) == (["a"], False)
+
+
+def test_a_folder_is_left_alone_that_was_renamed_while_others_were_looked_at(
+    tmp_path: Path,
+) -> None:
+    dovecot = Dovecot({GUID: "a"}, {GUID: "b"})
+    renames = made(tmp_path, dovecot)
+    renames._ended["jane"] = 21.0
+    mine = Told(left={"a": ("", 20.5)}, gone={GUID: 20.0})
+    asyncio.run(renames.carry_out("jane", mine, NOTHING, moves=True))
+    assert dovecot.did == []
 
 
 def test_what_was_deleted_on_the_other_server_is_left_to_dsync(tmp_path: Path) -> None:
@@ -415,6 +465,33 @@ def test_what_was_deleted_on_the_other_server_is_left_to_dsync(tmp_path: Path) -
     renames._ended["jane"] = 30.0
     asyncio.run(renames.carry_out("jane", NOTHING, theirs, moves=True))
     assert dovecot.did == []
+
+
+@pytest.mark.parametrize("is_deleted_here", [False, True])
+def test_what_came_into_a_folder_that_was_deleted_on_the_other_server_goes_to_the_inbox(
+    tmp_path: Path, is_deleted_here: bool
+) -> None:
+    dovecot = Dovecot({GUID: "a"})
+    dovecot.inbox = tmp_path / "INBOX"
+    guids = {uid: f"{uid:032x}" for uid in range(1, 6)}
+    # The first was there at the last good run; the third and the fifth came from there after it.
+    dovecot.mails = [(str(uid), guids[uid], "20" if uid > 3 else "19") for uid in guids]
+    index = tmp_path / "a"
+    index.mkdir()
+    news = (append(1, guids[1]), append(2, guids[2]), append(3, guids[3], DSYNC))
+    (index / history.LOGS[-1]).write_bytes(
+        log(*news, append(4, guids[4]), append(5, guids[5], DSYNC))
+    )
+    renames = made(tmp_path, dovecot)
+    state = bytes([1, 0, 0, 0]) + struct.pack("<16sIIQQI", bytes.fromhex(GUID), 1, 1, 0, 0, 0)
+    renames._states.of("jane").sync = base64.b64encode(state + bytes(4)).decode()
+    theirs = Told(left={"a": ("", 20.9)}, gone={GUID: 20.0})
+    mine = Told(gone={GUID: 30.0} if is_deleted_here else {})
+    stands = asyncio.run(renames.carry_out("jane", mine, theirs, moves=False))
+    moved = ("move", "--", "INBOX", "mailbox-guid", GUID, "uid", "2,4")
+    assert dovecot.did == ([] if is_deleted_here else [moved])
+    assert stands.carried == ({} if is_deleted_here else {GUID: [guids[5]]})
+    assert Standing.of(stands.document()) == stands
 
 
 def test_dsync_finds_renames_and_deletions_that_dovecot_did_not_keep(tmp_path: Path) -> None:
@@ -443,11 +520,11 @@ def test_a_folder_with_mails_on_the_other_server_stays_and_one_here_is_told_of(
     told = Told({"G": ("b", 2.0)}, {"a": ("G", 2.0)})
     dovecot = Full({"G": "b", "H": "a"})
     renames = made(tmp_path, dovecot)
-    stay = asyncio.run(renames.carry_out("jane", NOTHING, told, moves=False))
-    assert stay == ["a"]
+    stands = asyncio.run(renames.carry_out("jane", NOTHING, told, moves=False))
+    assert (stands.stay, stands.is_unsure) == (["a"], False)
     dovecot = Dovecot({"G": "b", "H": "a"})
     renames = made(tmp_path, dovecot)
-    asyncio.run(renames.carry_out("jane", told, NOTHING, moves=True, spared=stay))
+    asyncio.run(renames.carry_out("jane", told, NOTHING, moves=True, there=stands))
     assert dovecot.did == []
     asyncio.run(renames.carry_out("jane", told, NOTHING, moves=True))
     assert dovecot.did == [("mailbox delete", "-e", "--", "a")]

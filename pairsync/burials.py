@@ -1,0 +1,91 @@
+"""Mails that a user took away while dsync gave them another UID: dsync has copied them then.
+
+The copy is deleted as soon as dsync has ended. Where a run breaks off, or the daemon does not see
+its end, the next run would do it; but that may have to wait for the peer, and meanwhile the user
+has such a mail twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Mapping, Set
+from pathlib import Path
+
+from pairsync import history
+from pairsync.doveadm import Doveadm, uid_set
+from pairsync.history import Life, Mail
+from pairsync.repair import Mailbox, Plan, mend
+from pairsync.state import States
+
+_CLOCK_SECONDS = 1.0
+"""By so much a file's time may be behind."""
+
+
+class Burials:
+    """Users with whom dsync is at work here, or was when its run broke off; iterates over them."""
+
+    def __init__(self, doveadm: Doveadm, states: States) -> None:
+        self._doveadm = doveadm
+        self._states = states
+        self._since: dict[str, float] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._since))
+
+    def __contains__(self, user: str) -> bool:
+        return user in self._since
+
+    def open(self, user: str, since: float) -> None:
+        """dsync begins, or began then (seconds since 1970)."""
+        self._since[user] = min(since, self._since.get(user, since))
+
+    async def end(self, user: str, *, changed: bool) -> None:
+        """It has ended; ``changed``: the user changed something since it began.
+
+        Raises :class:`DovecotError`.
+        """
+        if changed:
+            await self.bury(user)
+        else:
+            self._since.pop(user, None)
+
+    async def bury(self, user: str) -> None:
+        """Delete the copies, if there may be some. Raises :class:`DovecotError`."""
+        since = self._since.pop(user, None)
+        if since is None:
+            return
+        try:
+            await self._bury(user, since)
+        except BaseException:
+            self.open(user, since)
+            raise
+
+    async def _bury(self, user: str, since: float) -> None:
+        names = await self._doveadm.folders(user)
+        paths = {
+            folder: await self._doveadm.index(user, name, folder) for folder, name in names.items()
+        }
+        found = await asyncio.to_thread(_copies, paths, since, self._states.doubles(user))
+        for folder, copies in found.items():
+            query = ("mailbox-guid", folder, "uid", uid_set(uid for uid, _ in copies))
+            rows = await self._doveadm.rows(user, 2, "fetch", "uid guid", *query)
+            left = [Life(int(uid), guid, is_there=True) for uid, guid in rows]
+            box = Mailbox({folder: left}, names)
+            await mend(self._doveadm, self._states, user, box, Plan({folder: copies}, {}))
+
+
+def _copies(
+    paths: Mapping[str, Path], since: float, doubles: Mapping[str, Set[Mail]]
+) -> dict[str, list[Mail]]:
+    """Unwanted copies that dsync made in folders whose logs were written since then."""
+    found = {}
+    for folder, path in paths.items():
+        with contextlib.suppress(OSError):
+            if (path / history.LOGS[-1]).stat().st_mtime >= since - _CLOCK_SECONDS:
+                lives = history.read(history.logs_of(path), (), copied=True)
+                lives = history.spared(lives, doubles.get(folder, set()))
+                copied = {(life.uid, life.guid) for life in lives if life.before}
+                if unwanted := history.unwanted([lives]) & copied:
+                    found[folder] = sorted(unwanted)
+    return found
