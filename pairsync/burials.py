@@ -40,12 +40,13 @@ class Burials:
         """dsync begins, or began then (seconds since 1970)."""
         self._since[user] = min(since, self._since.get(user, since))
 
-    async def end(self, user: str, *, changed: bool) -> None:
-        """It has ended; ``changed``: the user changed something since it began.
+    async def end(self, user: str, began: float, *, changed: bool) -> None:
+        """One that began then has ended; ``changed``: the user changed something since.
 
         Raises :class:`DovecotError`.
         """
         if changed:
+            self.open(user, began)
             await self.bury(user)
         else:
             self._since.pop(user, None)

@@ -88,6 +88,8 @@ class Daemon:
             f"{boot_id()}.{folder_id(config.files.state)}",
             folder_id(config.dovecot.homes),
         )
+        self._dirty: dict[str, float] = {}
+        self._begun: dict[str, float] = {}
         self._suspects = set(self._markers.dirty())
         self._settling: set[str] = set()
         sync = config.sync
@@ -136,12 +138,10 @@ class Daemon:
             self._suspects,
             self._settling,
             self.rests,
-            self.changes,
+            self._dirty.__contains__,
         )
         self._wake = asyncio.Event()
         self._runs: set[asyncio.Task[Result]] = set()
-        self._dirty: dict[str, float] = {}
-        self._begun: dict[str, float] = {}
         self._words: dict[str, str] = {}
         self._asked: dict[str, list[asyncio.Future[Result]]] = {}
         self._pass: Pass | None = None
@@ -217,10 +217,16 @@ class Daemon:
 
     async def _bury(self, *users: str) -> None:
         """Where a run broke off: what dsync has made is deleted without the peer, if it must be."""
-        await asyncio.sleep(_DSYNC_ENDS)
+        pause = _DSYNC_ENDS
         for user in users:
-            with contextlib.suppress(DovecotError, OSError):
-                await self._burials.bury(user)
+            # A run that is on does this at its end.
+            while user in self._burials and user not in self._turns:
+                await asyncio.sleep(pause)
+                pause = 0.0
+                try:
+                    await self._burials.bury(user)
+                except (DovecotError, OSError):
+                    pause = _DOVECOT_SECONDS
 
     def _work(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -261,8 +267,8 @@ class Daemon:
         return self._queue.rests(user, time.monotonic())
 
     def changes(self, user: str) -> bool:
-        """Whether the user changed since the last run began (:class:`pairsync.server.Guests`)."""
-        return user in self._dirty
+        """:class:`pairsync.server.Guests`; a job of ours may be waiting for the peer's run."""
+        return user in self._dirty or user in self._begun
 
     def came(self, user: str) -> bool:
         """A run of the peer's begins."""

@@ -112,6 +112,12 @@ class Doveadm:
         rows = await self.rows(user, 2, "mailbox status", "--", "guid", *which)
         return {folder: name for name, folder in rows}
 
+    async def next_uids(self, user: str, *names: str) -> dict[str, int]:
+        """Folder (its GUID) -> UID that the next mail gets; names as for :meth:`folders`."""
+        which = ("uidnext guid", "INBOX", *names)
+        rows = await self.rows(user, 3, "mailbox status", "--", *which)
+        return {folder: int(uid) for _, uid, folder in rows}
+
     async def index(self, user: str, name: str, folder: str = "") -> Path:
         """Where the index of a folder is, with its logs. Raises :class:`DovecotError`.
 

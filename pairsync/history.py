@@ -66,6 +66,40 @@ def logs_of(index: Path) -> list[bytes]:
     return found
 
 
+def appends(logs: Sequence[bytes]) -> dict[int, bool]:
+    """UIDs that the logs tell of -> whether dsync put the last mail of that UID there."""
+    return {
+        uid: bool(kind & _DSYNC)
+        for log in logs
+        for kind, body in _records(log)
+        if kind & _TYPE == _APPEND
+        for uid, _ in _whole(_NEW, body)
+    }
+
+
+def from_there(history: History) -> set[int]:
+    """UIDs of mails that dsync has brought from the other server, or made of such."""
+    found: set[int] = set()
+    for life in sorted(history):
+        if life.by_dsync and (not life.before or found.intersection(life.before)):
+            found.add(life.uid)
+    return found
+
+
+def unseen(logs: Sequence[bytes], present: Sequence[Mail], had: int | None) -> list[int]:
+    """UIDs of mails in a folder that the other server has not had.
+
+    ``had``: UID up to which both had the same; None where that is not known, and then what is older
+    than the logs may be known there.
+    """
+    brought, told = from_there(read(logs, present)), appends(logs)
+    return [
+        uid
+        for uid, _ in present
+        if uid > (had or 0) and uid not in brought and (had is not None or uid in told)
+    ]
+
+
 def read(logs: Sequence[bytes], present: Sequence[Mail], *, copied: bool = False) -> History:
     """The history that logs tell, the older one first; ``present`` is what is in the folder now.
 

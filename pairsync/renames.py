@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,8 +41,8 @@ T = TypeVar("T")
 
 _SIGN = "!"
 _SECONDS = 20.0
-_SEEN, _ASKED = 500, 1000
-_CLOSE = 2.0
+_SEEN, _ASKED, _LISTS = 500, 1000, 3
+_CLOSE = 5.0
 """By so many seconds Dovecot's time of a deletion may differ from the hook's."""
 _LOOKS, _PAUSE = 4, 0.05
 """A folder that is just being renamed is in no list."""
@@ -60,6 +60,8 @@ class Renames:
         self._logs: dict[str, Path] = {}
         self._ended: dict[str, float] = {}
         """User -> when a dsync last ended here (seconds since 1970)."""
+        self._kept: dict[str, dict[str, tuple[int, list[str]]]] = {}
+        """User -> folder (its GUID) -> UID below which nothing is unseen, and what was carried."""
         self._seen: dict[str, dict[str, str]] = {}
         """User -> name of a folder that was there lately -> its GUID."""
 
@@ -135,15 +137,13 @@ class Renames:
         user: str,
         mine: Told,
         theirs: Told,
-        *,
-        moves: bool,
         there: Standing | None = None,
     ) -> Standing:
         """Give the folders that are here the names that they were given last.
 
-        What is in the way is left to dsync. ``moves``: whether this server moves mails that are
-        under an earlier name alone; the other one gets to know it by the run. ``there``: what it
-        returned, if it was first. Raises :class:`DovecotError`.
+        What is in the way is left to dsync. ``there``: what the other server returned, where it was
+        first; then this one also moves mails that are under an earlier name alone, and takes such
+        folders away, which the other one gets to know by the run. Raises :class:`DovecotError`.
         """
         stands = Standing()
         if not mine and not theirs:
@@ -164,16 +164,20 @@ class Renames:
         here = {name: guid for guid, name in names.items()}
         unwanted: list[tuple[str, str, float]] = []
         for name, (guid, at) in relics(names, mine, theirs).items():
-            if not self._just_made(user, name, at):
-                if guid in names:
-                    await self._empty(user, here[name], guid, names[guid], moves=moves)
+            if self._just_made(user, name, at):
+                continue
+            left = await self._clear(
+                user, here[name], guid, names.get(guid), moves=there is not None
+            )
+            if there is not None:
                 unwanted.append((here[name], name, at))
+            else:
+                # The other server may have mails in it, which dsync would delete.
+                stands.is_unsure = True
+                if left:
+                    stands.stay.append(name)
         # What was deleted on the other server is deleted by dsync.
-        for guid, at in theirs.gone.items():
-            if guid in names and guid not in mine.gone:
-                carried = await self._keep_unseen(user, guid, names[guid], at)
-                if carried:
-                    stands.carried[guid] = carried
+        stands.carried.update(await self._keep_unseen(user, names, mine, theirs, there))
         for guid, at in mine.gone.items():
             name = names.get(guid, "")
             deleted_at = self._came_back(user, guid, name, at, mine, theirs)
@@ -199,6 +203,7 @@ class Renames:
     async def ended(self, user: str, mine: Told, theirs: Told) -> None:
         """A dsync has ended here, well or not. Raises :class:`DovecotError`."""
         self._ended[user] = time.time()
+        self._kept.pop(user, None)
         await self._backdate(user, mine, theirs)
 
     async def _backdate(self, user: str, mine: Told, theirs: Told) -> None:
@@ -211,20 +216,22 @@ class Renames:
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(changelog.backdate, folder, given)
 
-    async def attest(self, user: str) -> None:
-        """See that dsync, which is about to begin, finds what was renamed here until now.
+    async def attest(self, user: str, theirs: Told, there: Standing | None = None) -> None:
+        """See that dsync, which is about to begin, finds what was renamed here until now, and in
+        the folders that it is to delete no mail that only this server has.
 
-        Raises :class:`DovecotError`.
+        Arguments as for :meth:`carry_out`. Raises :class:`DovecotError`.
         """
         known = await self.learn(user)
         given = dict(known.renamed.values())
         gone = {}
-        if known.gone:
-            # Looked for once more: one that was just being renamed is not gone. Where folders come
-            # and go there may be no list.
-            with contextlib.suppress(DovecotError):
-                names = await self._names(user)
-                gone = {guid: at for guid, at in known.gone.items() if guid not in names}
+        if known.gone or theirs.gone:
+            names = await self._names(user)
+            # Looked for once more: one that was just being renamed is not gone.
+            gone = {guid: at for guid, at in known.gone.items() if guid not in names}
+            await self._keep_unseen(user, names, known, theirs, there)
+        if there is None:
+            await self._keep_under_the_name(user, known, theirs)
         if (given or gone) and (folder := await self._logs_of(user)):
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(changelog.attest, folder, given, gone)
@@ -311,10 +318,9 @@ class Renames:
         of the very second came from here if dsync put them into the folder on both servers.
         ``known``: such mails (GUIDs) of the other one.
         """
-        rows = await self._rows(
-            user, 3, "fetch", "uid guid date.saved.unixtime", "mailbox-guid", guid
-        )
-        lives = await self._lives(user, guid, name, [row[:2] for row in rows])
+        fields = "uid guid date.saved.unixtime"
+        rows = await self._rows(user, 3, "fetch", fields, *_mails_of(name, guid))
+        lives = history.read(await self._read_logs(user, guid, name), _present(rows))
         carried = {life.uid for life in lives if life.by_dsync and not life.before}
         carried &= {life.uid for life in lives if life.guid in known}
         saved = {int(uid): int(when) for uid, _, when in rows}
@@ -325,47 +331,94 @@ class Renames:
             if when < second or (when == second and uid in carried)
         ]
         if older:
-            await self._run(user, "expunge", "mailbox-guid", guid, "uid", uid_set(older))
+            await self._run(user, "expunge", *_mails_of(name, guid), "uid", uid_set(older))
 
-    async def _keep_unseen(self, user: str, guid: str, name: str, at: float) -> list[str]:
-        """Move mails to the inbox that came into a folder here, and that the other server, where it
-        was deleted, did not have.
+    async def _keep_unseen(
+        self,
+        user: str,
+        names: Mapping[str, str],
+        mine: Told,
+        theirs: Told,
+        there: Standing | None,
+    ) -> dict[str, list[str]]:
+        """Move mails to the inbox that came into folders here, and that the other server, where
+        they were deleted, did not have.
 
-        Had this been known here, they would be there too. Returns mails (their GUIDs) that dsync
-        has brought from there, of the second of the deletion. Raises :class:`DovecotError`.
+        Had this been known here, they would be there too. Returns what :class:`Standing` has as
+        ``carried``. Raises :class:`DovecotError`.
         """
-        rows = await self._rows(
-            user, 3, "fetch", "uid guid date.saved.unixtime", "mailbox-guid", guid
-        )
-        lives = await self._lives(user, guid, name, [row[:2] for row in rows])
-        had = repair.common(self._states.of(user).sync).get(guid, 0)
-        carried = {life.guid for life in lives if life.by_dsync}
-        unseen = uid_set(
-            life.uid
-            for life in lives
-            if life.is_there and life.uid > had and life.guid not in carried
-        )
-        if unseen:
-            await self._rows(user, 1, "move", "--", INBOX, "mailbox-guid", guid, "uid", unseen)
-            notify.log(notify.INFO, f"{user}: moved to the inbox, {name} is deleted: UIDs {unseen}")
-        of_then = {mail for _, mail, saved in rows if int(saved) == int(at)}
-        return sorted(carried & of_then)
+        doomed = [guid for guid in theirs.gone if guid in names and guid not in mine.gone]
+        if there:
+            doomed = [guid for guid in doomed if names[guid] not in there.stay]
+        if not doomed:
+            return {}
+        had = repair.common(self._states.of(user).sync)
+        kept = self._kept.setdefault(user, {})
+        found: dict[str, list[str]] = {}
+        which = [names[guid] for guid in doomed]
+        nexts = await _limited(user, self._doveadm.next_uids(user, *which))
+        for guid in doomed:
+            if guid not in nexts:
+                continue
+            # What was looked into stays so until dsync ends, should it take too long for one run.
+            below, found[guid] = kept.get(guid, (0, []))
+            if nexts[guid] <= below:
+                continue
+            at, name = int(theirs.gone[guid]), names[guid]
+            fields = "uid guid date.saved.unixtime"
+            rows = await self._rows(user, 3, "fetch", fields, *_mails_of(name, guid))
+            logs = await self._read_logs(user, guid, name)
+            if unseen := history.unseen(logs, _present(rows), had.get(guid)):
+                await self._move(user, name, guid, INBOX, unseen)
+                text = f"moved to the inbox, {name} is deleted: UIDs {uid_set(unseen)}"
+                notify.log(notify.INFO, f"{user}: {text}")
+            brought = history.from_there(history.read(logs, _present(rows)))
+            found[guid] = [m for u, m, saved in rows if int(saved) == at and int(u) in brought]
+            kept[guid] = (nexts[guid], found[guid])
+        return {guid: carried for guid, carried in found.items() if carried}
 
-    async def _lives(
-        self, user: str, guid: str, name: str, rows: Iterable[Sequence[str]]
-    ) -> history.History:
-        """The history of a folder; ``rows``: UID and GUID of the mails that are there."""
+    async def _move(
+        self, user: str, name: str, guid: str, target: str, uids: Iterable[int]
+    ) -> None:
+        which = (*_mails_of(name, guid), "uid", uid_set(uids))
+        await self._rows(user, 1, "move", "--", target, *which)
+
+    async def _read_logs(self, user: str, guid: str, name: str) -> list[bytes]:
         index = await _limited(user, self._doveadm.index(user, name, guid))
-        present = [(int(uid), mail) for uid, mail in rows]
-        return await asyncio.to_thread(lambda: history.read(history.logs_of(index), present))
+        return await asyncio.to_thread(history.logs_of, index)
 
-    async def _empty(self, user: str, relic: str, guid: str, target: str, *, moves: bool) -> None:
-        """Clear a folder that dsync made of an earlier name of another one.
+    async def _keep_under_the_name(self, user: str, mine: Told, theirs: Told) -> None:
+        """Move mails to the folder that a user renamed, which came into what dsync made of its
+        earlier name: the other server is about to have that deleted.
 
-        ``relic`` and ``guid`` are the GUIDs of the two, ``target`` is the name of the other one.
+        Raises :class:`DovecotError`.
+        """
+        if not mine.left and not theirs.left:
+            return
+        names = await self._names(user)
+        here = {name: guid for guid, name in names.items()}
+        had = repair.common(self._states.of(user).sync)
+        for name, (guid, at) in relics(names, mine, theirs).items():
+            if guid not in names or self._just_made(user, name, at):
+                continue
+            relic = here[name]
+            rows = await self._rows(user, 2, "fetch", "uid guid", *_mails_of(name, relic))
+            logs = await self._read_logs(user, relic, name)
+            if unseen := history.unseen(logs, _present(rows), had.get(relic)):
+                await self._move(user, name, relic, names[guid], unseen)
+
+    async def _clear(
+        self, user: str, relic: str, guid: str, target: str | None, *, moves: bool
+    ) -> bool:
+        """Clear a folder that dsync made of an earlier name of another one; whether mails are left.
+
+        ``relic`` and ``guid`` are the GUIDs of the two, ``target`` is the name of the other one if
+        it is there.
         """
         folder = ("mailbox-guid", relic)
         rows = await self._rows(user, 2, "fetch", "uid guid", *folder)
+        if not rows or target is None:
+            return bool(rows)
         there = await self._rows(user, 1, "fetch", "guid", "mailbox-guid", guid)
         known = {mail for (mail,) in there}
         copies = [int(uid) for uid, mail in rows if mail in known]
@@ -374,16 +427,24 @@ class Renames:
             await self._run(user, "expunge", *folder, "uid", uid_set(copies))
         if others and moves:
             await self._run(user, "move", "--", target, *folder, "uid", uid_set(others))
+        return bool(others) and not moves
 
     async def _names(self, user: str, *only: str) -> dict[str, str]:
         """Folder (its GUID) -> its name; none of a user who is gone, as the run will tell.
 
         ``only``: names that matter; there may be others among the answer.
         """
-        try:
-            names = await _limited(user, self._doveadm.folders(user, *only))
-        except NoUser:
-            names = {}
+        for tries_left in reversed(range(_LISTS)):
+            try:
+                names = await _limited(user, self._doveadm.folders(user, *only))
+            except NoUser:
+                names = {}
+            except DovecotError:
+                # As where a folder goes while Dovecot lists it.
+                if tries_left:
+                    continue
+                raise
+            break
         seen = {name: g for name, g in self._seen.get(user, {}).items() if g not in names}
         if len(seen) > _SEEN and not only:
             seen.clear()
@@ -403,3 +464,12 @@ async def _limited(user: str, work: Awaitable[T]) -> T:
             return await work
     except TimeoutError:
         raise DovecotError(f"doveadm for {user}: no answer") from None
+
+
+def _mails_of(name: str, guid: str) -> tuple[str, ...]:
+    """A query for the mails of a folder: for its GUID alone, Dovecot looks into every folder."""
+    return "mailbox", name, "mailbox-guid", guid
+
+
+def _present(rows: Iterable[Sequence[str]]) -> list[history.Mail]:
+    return [(int(uid), mail) for uid, mail, *_ in rows]

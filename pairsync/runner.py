@@ -192,18 +192,17 @@ class Runner:
             try:
                 self._turns.granted(job.user)
                 await self._delete_scripts(job.user, {**deleted, **grant.deleted})
-                await self._renames.carry_out(
-                    job.user, told, grant.told, moves=True, there=grant.standing
-                )
+                await self._renames.carry_out(job.user, told, grant.told, grant.standing)
                 if grant.repair is not None:
                     await self._repair(job.user, grant, broken=broken or grant.broken)
                     state, seconds = "", sync.silence_full
                 if self._rests(job.user):
                     return Outcome.BUSY, ""
-                await self._renames.attest(job.user)
+                await self._renames.attest(job.user, grant.told, grant.standing)
                 traffic.count(0)
                 self._suspects.add(job.user)
-                self._burials.open(job.user, time.time())
+                began = time.time()
+                self._burials.open(job.user, began)
                 carrier = _Carrier(slot, grant, traffic, seconds)
                 reply = await carrier.sync(self._doveadm, job.user, state)
                 with contextlib.suppress(DovecotError):
@@ -211,7 +210,7 @@ class Runner:
                 if reply is None:
                     seconds = patience(seconds, traffic.size)
                     return Outcome.STALLED, f"nothing moved for {seconds:.0f} s"
-                await self._burials.end(job.user, changed=self._changes(job.user))
+                await self._burials.end(job.user, began, changed=self._changes(job.user))
                 outcome, words = self._judge(job, reply, deleted, state, traffic)
                 if outcome is Outcome.OK:
                     given = self._states.of(job.user).sync

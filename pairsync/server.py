@@ -51,7 +51,7 @@ class Guests(Protocol):
         """Whether no run may begin at the moment."""
 
     def changes(self, user: str) -> bool:
-        """Whether it was changed since its last run here began."""
+        """Whether it was changed since a run began, or before and no run of this server did."""
 
     def came(self, user: str) -> bool:
         """A run begins. Whether mails may have been left out by an earlier one."""
@@ -218,7 +218,7 @@ class Server:
             gone = await self._deletions(user, deleted)
             mine = await self._renames.learn(user)
             theirs = Told.of(request.get("told"))
-            standing = await self._renames.carry_out(user, mine, theirs, moves=False)
+            standing = await self._renames.carry_out(user, mine, theirs)
             told = {"deleted": dict(gone), "told": mine.document(), **standing.document()}
             local_reader, local = await self._doveadm.connect()
             if self._guests.rests(user):
@@ -236,10 +236,14 @@ class Server:
                 first = await take_frame(reader)
             if not first:
                 return False
-            with contextlib.suppress(DovecotError):
-                await self._renames.attest(user)
+            try:
+                await self._renames.attest(user, theirs)
+            except DovecotError:
+                # Without it dsync does not begin here.
+                return False
             well = False
-            self._burials.open(user, time.time())
+            began = time.time()
+            self._burials.open(user, began)
             traffic.count(len(first))
             local.write(first)
             clean = await self._relay((local_reader, local), (reader, writer), traffic, seconds)
@@ -251,7 +255,7 @@ class Server:
             # If Dovecot is gone by now, the next run does this, or that of a user who has settled.
             with contextlib.suppress(DovecotError):
                 await self._renames.ended(user, mine, theirs)
-                await self._burials.end(user, changed=self._guests.changes(user))
+                await self._burials.end(user, began, changed=self._guests.changes(user))
             return clean
         except (DovecotError, ScriptError) as error:
             await send(writer, {"error": f"its Dovecot: {error}"})

@@ -68,7 +68,7 @@ def test_a_copy_is_deleted_when_dsync_has_ended(tmp_path: Path, dovecot: Dovecot
     found = burials(tmp_path, dovecot)
     found.open("jane", BEGAN)
     assert list(found) == ["jane"]
-    asyncio.run(found.end("jane", changed=True))
+    asyncio.run(found.end("jane", BEGAN, changed=True))
     assert dovecot.did == GONE
     assert list(found) == []
 
@@ -76,7 +76,7 @@ def test_a_copy_is_deleted_when_dsync_has_ended(tmp_path: Path, dovecot: Dovecot
 def test_who_changed_nothing_has_no_copies(tmp_path: Path, dovecot: Dovecot) -> None:
     found = burials(tmp_path, dovecot)
     found.open("jane", BEGAN)
-    asyncio.run(found.end("jane", changed=False))
+    asyncio.run(found.end("jane", BEGAN, changed=False))
     assert "jane" not in found
     asyncio.run(found.bury("jane"))
     assert dovecot.did == []

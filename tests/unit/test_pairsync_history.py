@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pairsync.history import Life, read, spared, surplus, unwanted
+from pairsync.history import Life, appends, from_there, read, spared, surplus, unwanted
 from pairsync.repair import Mailbox, Plan, all_of, listed, plans
 from tests.index_logs import DSYNC, EXPUNGE, append, done, log, record, wish
 
@@ -306,3 +306,19 @@ def test_what_many_mails_cost_grows_with_their_number() -> None:
     assert len(plan.expunge["i"]) == 20_000
     # Some times as much as it takes; what grows with the square takes minutes.
     assert time.process_time() - began < 10
+
+
+def test_what_the_other_server_has_sent_is_told_from_what_dsync_made_here() -> None:
+    known = log(
+        *(append(1, G, DSYNC), append(2, H)),
+        # Both get another UID.
+        *(append(3, G, DSYNC), append(4, H, DSYNC), wish(1, DSYNC), wish(2, DSYNC)),
+        *(done(1, G, DSYNC), done(2, H, DSYNC)),
+    )
+    assert appends([known]) == {1: True, 2: False, 3: True, 4: True}
+    assert from_there(read([known], [(3, G), (4, H)])) == {1, 3}
+
+
+def test_a_mail_that_came_from_there_and_was_moved_back_is_ours() -> None:
+    known = log(append(1, G, DSYNC), wish(1), done(1, G), append(2, G))
+    assert from_there(read([known], [(2, G)])) == {1}

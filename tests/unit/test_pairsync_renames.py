@@ -184,6 +184,9 @@ class Dovecot(Doveadm):
         self.inbox = Path("/nowhere")
 
     async def run(self, user: str, *words: str) -> Reply:
+        if words[:3] == ("mailbox status", "--", "uidnext guid"):
+            (names,) = self.lists
+            return Reply("", tuple(v for g, name in names.items() for v in (name, "9", g)), "")
         if words[0] == "mailbox status":
             names = self.lists.pop(0) if len(self.lists) > 1 else self.lists[0]
             return Reply("", tuple(v for guid, name in names.items() for v in (name, guid)), "")
@@ -280,7 +283,7 @@ def test_a_user_who_is_gone_is_left_to_the_run(tmp_path: Path) -> None:
     renames.note(hook(tmp_path, "a", "b", 5.0))
     told = asyncio.run(renames.learn("jane/x"))
     assert told.renamed == {}
-    asyncio.run(renames.carry_out("jane/x", told, Told({"G": ("b", 1.0)}), moves=True))
+    asyncio.run(renames.carry_out("jane/x", told, Told({"G": ("b", 1.0)}), Standing()))
 
 
 def test_a_folder_is_not_taken_away_that_was_just_made(tmp_path: Path) -> None:
@@ -288,11 +291,11 @@ def test_a_folder_is_not_taken_away_that_was_just_made(tmp_path: Path) -> None:
     dovecot = Dovecot({"G": "a"})
     renames = made(tmp_path, dovecot)
     renames.note(hook(tmp_path, "", "a", 5.0))
-    asyncio.run(renames.carry_out("jane/x", left, NOTHING, moves=True))
+    asyncio.run(renames.carry_out("jane/x", left, NOTHING, Standing()))
     assert dovecot.did == []
     # Nor when that was learned in the meantime.
     asyncio.run(renames.learn("jane/x"))
-    asyncio.run(renames.carry_out("jane/x", left, NOTHING, moves=True))
+    asyncio.run(renames.carry_out("jane/x", left, NOTHING, Standing()))
     assert dovecot.did == []
 
 
@@ -302,7 +305,7 @@ def test_news_of_other_folders_keep_none(tmp_path: Path) -> None:
     renames = made(tmp_path, dovecot)
     for other in (("", "b", 5.0), ("a", "c", 1.0)):
         renames.note(hook(tmp_path, *other))
-    asyncio.run(renames.carry_out("jane/x", left, NOTHING, moves=True))
+    asyncio.run(renames.carry_out("jane/x", left, NOTHING, Standing()))
     assert dovecot.did == [("mailbox delete", "-e", "--", "a")]
 
 
@@ -369,7 +372,7 @@ def test_what_is_in_no_list_for_a_moment_is_not_added_to_what_dsync_finds(tmp_pa
     renames = made(tmp_path, dovecot)
     asyncio.run(renames._names("jane/x"))
     renames.note(hook(tmp_path, "a", "", 20.5))
-    asyncio.run(renames.attest("jane/x"))
+    asyncio.run(renames.attest("jane/x", NOTHING))
     assert log.read_bytes() == before
 
 
@@ -414,8 +417,8 @@ def test_the_very_folder_that_was_deleted_here_goes_with_the_mails_that_were_in_
     # Names that it had when it was deleted.
     mine = Told(left={"p/a": ("", 20.5)}, gone={GUID: 20.0})
     known = Standing(carried={GUID: [guids[2], guids[3]]})
-    asyncio.run(renames.carry_out("jane", mine, theirs, moves=True, there=known))
-    expunged = ("expunge", "mailbox-guid", GUID, "uid", "1:2")
+    asyncio.run(renames.carry_out("jane", mine, theirs, known))
+    expunged = ("expunge", "mailbox", "p/a", "mailbox-guid", GUID, "uid", "1:2")
     taken_away = ("mailbox delete", "-e", "--", "p/a")
     assert dovecot.did == ([expunged, taken_away] if goes else [])
 
@@ -439,10 +442,10 @@ def test_who_does_not_know_what_the_other_one_has_leaves_mails_of_the_second_alo
     renames = made(tmp_path, dovecot)
     renames._ended["jane"] = 21.0
     mine = Told(left={"a": ("", 20.5)}, gone={GUID: 20.0})
-    stands = asyncio.run(renames.carry_out("jane", mine, NOTHING, moves=False))
-    assert dovecot.did[0] == ("expunge", "mailbox-guid", GUID, "uid", "1")
+    stands = asyncio.run(renames.carry_out("jane", mine, NOTHING))
+    assert dovecot.did[0] == ("expunge", "mailbox", "a", "mailbox-guid", GUID, "uid", "1")
     assert (stands.stay, stands.is_unsure) == (["a"], True)
-    stands = asyncio.run(renames.carry_out("jane", mine, NOTHING, moves=True, there=Standing()))
+    stands = asyncio.run(renames.carry_out("jane", mine, NOTHING, Standing()))
     assert (stands.stay, stands.is_unsure) == (["a"], False)
 
 
@@ -453,7 +456,7 @@ def test_a_folder_is_left_alone_that_was_renamed_while_others_were_looked_at(
     renames = made(tmp_path, dovecot)
     renames._ended["jane"] = 21.0
     mine = Told(left={"a": ("", 20.5)}, gone={GUID: 20.0})
-    asyncio.run(renames.carry_out("jane", mine, NOTHING, moves=True))
+    asyncio.run(renames.carry_out("jane", mine, NOTHING, Standing()))
     assert dovecot.did == []
 
 
@@ -463,7 +466,7 @@ def test_what_was_deleted_on_the_other_server_is_left_to_dsync(tmp_path: Path) -
     theirs = Told(left={"a": ("", 20.9)}, gone={GUID: 20.0})
     renames = made(tmp_path, dovecot)
     renames._ended["jane"] = 30.0
-    asyncio.run(renames.carry_out("jane", NOTHING, theirs, moves=True))
+    asyncio.run(renames.carry_out("jane", NOTHING, theirs, Standing()))
     assert dovecot.did == []
 
 
@@ -487,11 +490,34 @@ def test_what_came_into_a_folder_that_was_deleted_on_the_other_server_goes_to_th
     renames._states.of("jane").sync = base64.b64encode(state + bytes(4)).decode()
     theirs = Told(left={"a": ("", 20.9)}, gone={GUID: 20.0})
     mine = Told(gone={GUID: 30.0} if is_deleted_here else {})
-    stands = asyncio.run(renames.carry_out("jane", mine, theirs, moves=False))
-    moved = ("move", "--", "INBOX", "mailbox-guid", GUID, "uid", "2,4")
+    stands = asyncio.run(renames.carry_out("jane", mine, theirs))
+    moved = ("move", "--", "INBOX", "mailbox", "a", "mailbox-guid", GUID, "uid", "2,4")
     assert dovecot.did == ([] if is_deleted_here else [moved])
     assert stands.carried == ({} if is_deleted_here else {GUID: [guids[5]]})
     assert Standing.of(stands.document()) == stands
+
+
+def test_who_does_not_know_what_both_had_moves_only_what_the_log_tells_of(tmp_path: Path) -> None:
+    dovecot = Dovecot({GUID: "a"})
+    dovecot.inbox = tmp_path / "INBOX"
+    guids = {uid: f"{uid:032x}" for uid in (1, 2)}
+    dovecot.mails = [(str(uid), guids[uid], "19") for uid in guids]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / history.LOGS[-1]).write_bytes(log(append(2, guids[2])))
+    theirs = Told(left={"a": ("", 20.9)}, gone={GUID: 20.0})
+    renames = made(tmp_path, dovecot)
+    asyncio.run(renames.carry_out("jane", NOTHING, theirs))
+    moved = ("move", "--", "INBOX", "mailbox", "a", "mailbox-guid", GUID, "uid", "2")
+    assert dovecot.did == [moved]
+    # Nor is it looked into again until something comes or dsync was there.
+    asyncio.run(renames.attest("jane", theirs))
+    assert dovecot.did == [moved]
+    stays = Standing(stay=["a"])
+    asyncio.run(renames.ended("jane", NOTHING, theirs))
+    asyncio.run(renames.attest("jane", theirs, stays))
+    assert dovecot.did == [moved]
+    asyncio.run(renames.attest("jane", theirs))
+    assert dovecot.did == [moved, moved]
 
 
 def test_dsync_finds_renames_and_deletions_that_dovecot_did_not_keep(tmp_path: Path) -> None:
@@ -502,7 +528,7 @@ def test_dsync_finds_renames_and_deletions_that_dovecot_did_not_keep(tmp_path: P
     renames = made(tmp_path, dovecot)
     told = Told(renamed={"G": ("b", 7.5)}, gone={GUID: 5.0, OTHER: 6.0})
     renames._states.of("jane/x").told = told.document()
-    asyncio.run(renames.attest("jane/x"))
+    asyncio.run(renames.attest("jane/x", NOTHING))
     name = hashlib.sha1(b"b").digest()[:16]
     added = bytes([3, 0, 0, 0]) + name + struct.pack(">I", 7)
     added += bytes([1, 0, 0, 0]) + bytes.fromhex(OTHER) + struct.pack(">I", 6)
@@ -513,21 +539,48 @@ def test_a_folder_with_mails_on_the_other_server_stays_and_one_here_is_told_of(
     tmp_path: Path,
 ) -> None:
     class Full(Dovecot):
+        """With a mail in one folder."""
+
         async def run(self, user: str, *words: str) -> Reply:
-            reply = await super().run(user, *words)
-            return Reply("NOTPOSSIBLE", (), "") if words[0] == "mailbox delete" else reply
+            if words[0] == "fetch" and "H" in words:
+                return Reply("", ("1", "M"), "")
+            return await super().run(user, *words)
 
     told = Told({"G": ("b", 2.0)}, {"a": ("G", 2.0)})
-    dovecot = Full({"G": "b", "H": "a"})
-    renames = made(tmp_path, dovecot)
-    stands = asyncio.run(renames.carry_out("jane", NOTHING, told, moves=False))
-    assert (stands.stay, stands.is_unsure) == (["a"], False)
+    for names in ({"G": "b", "H": "a"}, {"H": "a"}):
+        full = Full(names)
+        renames = made(tmp_path, full)
+        stands = asyncio.run(renames.carry_out("jane", NOTHING, told))
+        assert (stands.stay, stands.is_unsure) == (["a"], True)
+        assert full.did == []
+    # An empty one goes once it is known that the other server's is, too.
+    dovecot = Dovecot({"G": "b", "H": "a"})
+    unsure = asyncio.run(made(tmp_path, dovecot).carry_out("jane", NOTHING, told))
+    assert (unsure.stay, unsure.is_unsure) == ([], True)
+    assert dovecot.did == []
     dovecot = Dovecot({"G": "b", "H": "a"})
     renames = made(tmp_path, dovecot)
-    asyncio.run(renames.carry_out("jane", told, NOTHING, moves=True, there=stands))
+    asyncio.run(renames.carry_out("jane", told, NOTHING, stands))
     assert dovecot.did == []
-    asyncio.run(renames.carry_out("jane", told, NOTHING, moves=True))
+    asyncio.run(renames.carry_out("jane", told, NOTHING, Standing()))
     assert dovecot.did == [("mailbox delete", "-e", "--", "a")]
+
+
+def test_what_came_under_an_earlier_name_is_moved_before_the_other_server_deletes_that(
+    tmp_path: Path,
+) -> None:
+    dovecot = Dovecot({"G": "b", OTHER: "a"})
+    dovecot.inbox = tmp_path / "INBOX"
+    dovecot.mails = [("1", "0a" * 16), ("2", "0b" * 16)]
+    (tmp_path / "a").mkdir()
+    known = log(append(1, "0a" * 16, DSYNC), append(2, "0b" * 16))
+    (tmp_path / "a" / history.LOGS[-1]).write_bytes(known)
+    told = Told({"G": ("b", 2.0)}, {"a": ("G", 2.0)})
+    renames = made(tmp_path, dovecot)
+    asyncio.run(renames.attest("jane", told, Standing()))
+    assert dovecot.did == []
+    asyncio.run(renames.attest("jane", told))
+    assert dovecot.did == [("move", "--", "b", "mailbox", "a", "mailbox-guid", OTHER, "uid", "2")]
 
 
 def test_a_folder_within_one_that_was_renamed_has_its_name_from_a_user() -> None:
@@ -565,7 +618,7 @@ def test_a_name_of_the_peers_gets_its_time_and_one_of_ours_keeps_it(tmp_path: Pa
     log.write_bytes(content)
     theirs = Told({"G": ("a", 5.0), "H": ("b", 5.0)}, made={"a": 5.0, "b": 5.0})
     mine = Told(made={"b": 9.0})
-    asyncio.run(made(tmp_path, dovecot).carry_out("jane", mine, theirs, moves=True))
+    asyncio.run(made(tmp_path, dovecot).carry_out("jane", mine, theirs, Standing()))
     assert log.read_bytes() == content[:20] + struct.pack(">I", 5) + content[24:]
 
 
@@ -573,5 +626,5 @@ def test_both_servers_give_the_last_name(tmp_path: Path) -> None:
     dovecot = Dovecot({"G": "a", "H": "x"})
     renames = made(tmp_path, dovecot)
     mine, theirs = Told({"G": ("b", 1.0)}), Told({"G": ("c", 2.0)})
-    asyncio.run(renames.carry_out("jane", mine, theirs, moves=True))
+    asyncio.run(renames.carry_out("jane", mine, theirs, Standing()))
     assert dovecot.did == [("mailbox rename", "--", "a", "c")]
