@@ -219,8 +219,8 @@ class Daemon:
         """Where a run broke off: what dsync has made is deleted without the peer, if it must be."""
         pause = _DSYNC_ENDS
         for user in users:
-            # A run that is on does this at its end.
-            while user in self._burials and user not in self._turns:
+            # A run that has begun meanwhile does it again at its end.
+            while user in self._burials:
                 await asyncio.sleep(pause)
                 pause = 0.0
                 try:

@@ -142,8 +142,8 @@ class Renames:
         """Give the folders that are here the names that they were given last.
 
         What is in the way is left to dsync. ``there``: what the other server returned, where it was
-        first; then this one also moves mails that are under an earlier name alone, and takes such
-        folders away, which the other one gets to know by the run. Raises :class:`DovecotError`.
+        first; then this one also moves mails that are under an earlier name alone, which the other
+        one gets to know by the run. Raises :class:`DovecotError`.
         """
         stands = Standing()
         if not mine and not theirs:
@@ -166,16 +166,9 @@ class Renames:
         for name, (guid, at) in relics(names, mine, theirs).items():
             if self._just_made(user, name, at):
                 continue
-            left = await self._clear(
-                user, here[name], guid, names.get(guid), moves=there is not None
-            )
-            if there is not None:
-                unwanted.append((here[name], name, at))
-            else:
-                # The other server may have mails in it, which dsync would delete.
-                stands.is_unsure = True
-                if left:
-                    stands.stay.append(name)
+            if guid in names:
+                await self._clear(user, here[name], guid, names[guid], moves=there is not None)
+            unwanted.append((here[name], name, at))
         # What was deleted on the other server is deleted by dsync.
         stands.carried.update(await self._keep_unseen(user, names, mine, theirs, there))
         for guid, at in mine.gone.items():
@@ -230,8 +223,7 @@ class Renames:
             # Looked for once more: one that was just being renamed is not gone.
             gone = {guid: at for guid, at in known.gone.items() if guid not in names}
             await self._keep_unseen(user, names, known, theirs, there)
-        if there is None:
-            await self._keep_under_the_name(user, known, theirs)
+        await self._keep_under_the_name(user, known, theirs)
         if (given or gone) and (folder := await self._logs_of(user)):
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(changelog.attest, folder, given, gone)
@@ -389,7 +381,7 @@ class Renames:
 
     async def _keep_under_the_name(self, user: str, mine: Told, theirs: Told) -> None:
         """Move mails to the folder that a user renamed, which came into what dsync made of its
-        earlier name: the other server is about to have that deleted.
+        earlier name: the other server may have taken that away, and dsync would here.
 
         Raises :class:`DovecotError`.
         """
@@ -407,18 +399,13 @@ class Renames:
             if unseen := history.unseen(logs, _present(rows), had.get(relic)):
                 await self._move(user, name, relic, names[guid], unseen)
 
-    async def _clear(
-        self, user: str, relic: str, guid: str, target: str | None, *, moves: bool
-    ) -> bool:
-        """Clear a folder that dsync made of an earlier name of another one; whether mails are left.
+    async def _clear(self, user: str, relic: str, guid: str, target: str, *, moves: bool) -> None:
+        """Clear a folder that dsync made of an earlier name of another one.
 
-        ``relic`` and ``guid`` are the GUIDs of the two, ``target`` is the name of the other one if
-        it is there.
+        ``relic`` and ``guid`` are the GUIDs of the two, ``target`` is the name of the other one.
         """
         folder = ("mailbox-guid", relic)
         rows = await self._rows(user, 2, "fetch", "uid guid", *folder)
-        if not rows or target is None:
-            return bool(rows)
         there = await self._rows(user, 1, "fetch", "guid", "mailbox-guid", guid)
         known = {mail for (mail,) in there}
         copies = [int(uid) for uid, mail in rows if mail in known]
@@ -427,7 +414,6 @@ class Renames:
             await self._run(user, "expunge", *folder, "uid", uid_set(copies))
         if others and moves:
             await self._run(user, "move", "--", target, *folder, "uid", uid_set(others))
-        return bool(others) and not moves
 
     async def _names(self, user: str, *only: str) -> dict[str, str]:
         """Folder (its GUID) -> its name; none of a user who is gone, as the run will tell.

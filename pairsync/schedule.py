@@ -259,10 +259,6 @@ class Turns:
         self._precedence = precedence
         self._turns: dict[str, _Turn] = {}
 
-    def __contains__(self, user: str) -> bool:
-        """Whether a run for the user is on, or one of ours is about to ask."""
-        return user in self._turns
-
     def begin(self, user: str) -> bool:
         """Whether a run of ours may ask the peer now; then :meth:`end` must follow."""
         turn = self._turns.setdefault(user, _Turn())

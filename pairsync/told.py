@@ -84,8 +84,8 @@ class Standing:
     :param carried: folder (its GUID) that was deleted there -> mails (their GUIDs) that dsync
         brought from there, saved in the second of the deletion; others of that second are not
         known there
-    :param is_unsure: whether a folder stays here that may go when this server knows what the other
-        one has in it
+    :param is_unsure: whether a folder that was deleted here stays, and may go when this server
+        knows what the other one has in it
     """
 
     stay: list[str] = field(default_factory=list)
