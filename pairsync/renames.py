@@ -60,6 +60,10 @@ class Renames:
         self._logs: dict[str, Path] = {}
         self._ended: dict[str, float] = {}
         """User -> when a dsync last ended here (seconds since 1970)."""
+        self._unwanted: dict[str, dict[str, str]] = {}
+        """User -> folder (its GUID) that dsync made of an earlier name of another one -> that one,
+        until dsync ends: the other server may have taken it away.
+        """
         self._kept: dict[str, dict[str, tuple[int, list[str]]]] = {}
         """User -> folder (its GUID) -> UID below which nothing is unseen, and what was carried."""
         self._seen: dict[str, dict[str, str]] = {}
@@ -169,6 +173,7 @@ class Renames:
             if guid in names:
                 await self._clear(user, here[name], guid, names[guid], moves=there is not None)
             unwanted.append((here[name], name, at))
+            self._unwanted.setdefault(user, {})[here[name]] = guid
         # What was deleted on the other server is deleted by dsync.
         stands.carried.update(await self._keep_unseen(user, names, mine, theirs, there))
         for guid, at in mine.gone.items():
@@ -187,6 +192,7 @@ class Renames:
                 stands.stay.append(name)
                 stands.is_unsure |= there is None and guid in mine.gone
             else:
+                self._took_away(user, guid)
                 notify.log(
                     notify.INFO, f"{user}: {name} is taken away: a user renamed or deleted it"
                 )
@@ -197,6 +203,7 @@ class Renames:
         """A dsync has ended here, well or not. Raises :class:`DovecotError`."""
         self._ended[user] = time.time()
         self._kept.pop(user, None)
+        self._unwanted.pop(user, None)
         await self._backdate(user, mine, theirs)
 
     async def _backdate(self, user: str, mine: Told, theirs: Told) -> None:
@@ -223,7 +230,7 @@ class Renames:
             # Looked for once more: one that was just being renamed is not gone.
             gone = {guid: at for guid, at in known.gone.items() if guid not in names}
             await self._keep_unseen(user, names, known, theirs, there)
-        await self._keep_under_the_name(user, known, theirs)
+        await self._keep_of_unwanted(user)
         if (given or gone) and (folder := await self._logs_of(user)):
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(changelog.attest, folder, given, gone)
@@ -379,25 +386,36 @@ class Renames:
         index = await _limited(user, self._doveadm.index(user, name, guid))
         return await asyncio.to_thread(history.logs_of, index)
 
-    async def _keep_under_the_name(self, user: str, mine: Told, theirs: Told) -> None:
+    def known(self, user: str) -> Told:
+        """What the peer does not know yet, as far as it is learned."""
+        return Told.of(self._states.of(user).told)
+
+    def _took_away(self, user: str, guid: str) -> None:
+        """The other server has to know: dsync will delete that folder there."""
+        state = self._states.of(user)
+        known = Told.of(state.told)
+        known.gone[guid] = time.time()
+        self._remember(user, state, known)
+
+    async def _keep_of_unwanted(self, user: str) -> None:
         """Move mails to the folder that a user renamed, which came into what dsync made of its
-        earlier name: the other server may have taken that away, and dsync would here.
+        earlier name, whatever name that has by now: the other server may have taken it away, and
+        dsync would here.
 
         Raises :class:`DovecotError`.
         """
-        if not mine.left and not theirs.left:
+        unwanted = self._unwanted.get(user)
+        if not unwanted:
             return
         names = await self._names(user)
-        here = {name: guid for guid, name in names.items()}
         had = repair.common(self._states.of(user).sync)
-        for name, (guid, at) in relics(names, mine, theirs).items():
-            if guid not in names or self._just_made(user, name, at):
+        for guid, origin in unwanted.items():
+            if (name := names.get(guid)) is None:
                 continue
-            relic = here[name]
-            rows = await self._rows(user, 2, "fetch", "uid guid", *_mails_of(name, relic))
-            logs = await self._read_logs(user, relic, name)
-            if unseen := history.unseen(logs, _present(rows), had.get(relic)):
-                await self._move(user, name, relic, names[guid], unseen)
+            rows = await self._rows(user, 2, "fetch", "uid guid", *_mails_of(name, guid))
+            logs = await self._read_logs(user, guid, name)
+            if unseen := history.unseen(logs, _present(rows), had.get(guid)):
+                await self._move(user, name, guid, names.get(origin, INBOX), unseen)
 
     async def _clear(self, user: str, relic: str, guid: str, target: str, *, moves: bool) -> None:
         """Clear a folder that dsync made of an earlier name of another one.

@@ -219,6 +219,8 @@ class Server:
             mine = await self._renames.learn(user)
             theirs = Told.of(request.get("told"))
             standing = await self._renames.carry_out(user, mine, theirs)
+            # With what was taken away just now.
+            mine = self._renames.known(user)
             told = {"deleted": dict(gone), "told": mine.document(), **standing.document()}
             local_reader, local = await self._doveadm.connect()
             if self._guests.rests(user):

@@ -567,7 +567,24 @@ def test_what_came_under_an_earlier_name_is_moved_before_the_other_server_delete
     told = Told({"G": ("b", 2.0)}, {"a": ("G", 2.0)})
     renames = made(tmp_path, dovecot)
     asyncio.run(renames.attest("jane", told))
-    assert dovecot.did == [("move", "--", "b", "mailbox", "a", "mailbox-guid", OTHER, "uid", "2")]
+    assert dovecot.did == []
+    asyncio.run(renames.carry_out("jane", NOTHING, told))
+    del dovecot.did[:]
+    # Meanwhile a user has renamed it.
+    dovecot.lists[0][OTHER] = "c"
+    (tmp_path / "a").rename(tmp_path / "c")
+    asyncio.run(renames.attest("jane", told))
+    assert dovecot.did == [("move", "--", "b", "mailbox", "c", "mailbox-guid", OTHER, "uid", "2")]
+    asyncio.run(renames.ended("jane", NOTHING, told))
+    asyncio.run(renames.attest("jane", told))
+    assert len(dovecot.did) == 1
+
+
+def test_the_other_server_is_told_of_what_was_taken_away(tmp_path: Path) -> None:
+    renames = made(tmp_path, Dovecot({"G": "b", OTHER: "a"}))
+    told = Told({"G": ("b", 2.0)}, {"a": ("G", 2.0)})
+    asyncio.run(renames.carry_out("jane", NOTHING, told))
+    assert set(renames.known("jane").gone) == {OTHER}
 
 
 def test_a_folder_within_one_that_was_renamed_has_its_name_from_a_user() -> None:
