@@ -171,6 +171,23 @@ def spared(history: History, doubles: Set[Mail]) -> History:
     ]
 
 
+def linked(history: History, renumbered: Set[Mail]) -> History:
+    """The history with what pairsync gave another UID told as if dsync had.
+
+    ``renumbered``: such mails, under the UIDs that they had before. Each was copied to the next UID
+    of its own, then deleted.
+    """
+    lives = {life.uid: life for life in sorted(history)}
+    for uid, guid in sorted(renumbered):
+        old = lives.get(uid)
+        news = (n for n, life in lives.items() if n > uid and life.guid == guid)
+        new = next((n for n in news if not lives[n].by_dsync), None)
+        if old is not None and old.guid == guid and old.taken and new is not None:
+            lives[uid] = old._replace(taken=False)
+            lives[new] = lives[new]._replace(by_dsync=True, before=(uid,))
+    return list(lives.values())
+
+
 def _whole(shape: struct.Struct, body: bytes) -> Iterator[tuple[Any, ...]]:
     return shape.iter_unpack(body[: len(body) // shape.size * shape.size])
 

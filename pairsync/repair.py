@@ -236,11 +236,11 @@ async def look(doveadm: Doveadm, states: States, user: str) -> Mailbox:
     rows = await doveadm.rows(user, 3, "fetch", " ".join(_FIELDS), "all")
     # Only then the logs: what is taken away meanwhile is neither in the list nor unexplained.
     unread = names = await doveadm.folders(user)
-    doubles = states.doubles(user)
+    doubles, renumbered = states.doubles(user), states.renumbered(user)
     histories: dict[str, History] = {}
     for _ in range(_LOOKS):
         paths = await _paths(doveadm, user, unread)
-        histories |= await asyncio.to_thread(_histories, rows, paths, doubles)
+        histories |= await asyncio.to_thread(_histories, rows, paths, doubles, renumbered)
         now = await doveadm.folders(user)
         # The log of a folder that was renamed meanwhile was not where it was looked for.
         unread = {f: now[f] for f, name in names.items() if now.get(f, name) != name}
@@ -250,24 +250,33 @@ async def look(doveadm: Doveadm, states: States, user: str) -> Mailbox:
     else:
         raise DovecotError(f"{user}: folders were renamed all the time while their logs were read")
     histories = {folder: histories[folder] for folder in names}
-    told = {f: {(life.uid, life.guid) for life in histories.get(f, ())} for f in doubles}
-    states.note_doubles(user, {folder: doubles[folder] & told[folder] for folder in doubles})
+    told = {
+        folder: {(life.uid, life.guid) for life in histories.get(folder, ())}
+        for folder in {*doubles, *renumbered}
+    }
+    states.note(
+        user,
+        {folder: doubles[folder] & told[folder] for folder in doubles},
+        {folder: renumbered[folder] & told[folder] for folder in renumbered},
+    )
     return Mailbox(histories, names)
 
 
 def _histories(
-    rows: Sequence[tuple[str, ...]], paths: Mapping[str, Path], doubles: Mapping[str, Set[Mail]]
+    rows: Sequence[tuple[str, ...]],
+    paths: Mapping[str, Path],
+    doubles: Mapping[str, Set[Mail]],
+    renumbered: Mapping[str, Set[Mail]],
 ) -> dict[str, History]:
     present: dict[str, list[Mail]] = {}
     for folder, uid, guid in rows:
         present.setdefault(folder, []).append((int(uid), guid))
-    return {
-        folder: history.spared(
-            history.read(history.logs_of(path), present.get(folder, ())),
-            doubles.get(folder, set()),
-        )
-        for folder, path in paths.items()
-    }
+    found = {}
+    for folder, path in paths.items():
+        lives = history.read(history.logs_of(path), present.get(folder, ()))
+        lives = history.linked(lives, renumbered.get(folder, set()))
+        found[folder] = history.spared(lives, doubles.get(folder, set()))
+    return found
 
 
 async def _paths(doveadm: Doveadm, user: str, names: Mapping[str, str]) -> dict[str, Path]:
@@ -280,10 +289,13 @@ async def mend(doveadm: Doveadm, states: States, user: str, box: Mailbox, plan: 
 
     Raises :class:`DovecotError`.
     """
-    doubles = states.doubles(user)
+    doubles, renumbered = states.doubles(user), states.renumbered(user)
     for folder, mails in plan.doubles.items():
         doubles.setdefault(folder, set()).update(box.here(folder) & set(mails))
-    states.note_doubles(user, doubles)
+    for folder, uids in plan.renumber.items():
+        moved = {mail for mail in box.here(folder) if mail[0] in uids}
+        renumbered.setdefault(folder, set()).update(moved)
+    states.note(user, doubles, renumbered)
     for what, listing in (("taken away by the user", plan.expunge), ("twice", plan.doubles)):
         for folder, unwanted in listing.items():
             if gone := box.here(folder).intersection(unwanted):

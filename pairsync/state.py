@@ -30,6 +30,7 @@ class UserState:
         (pairsync.told.Told)
     :param doubles: folder (its GUID) -> UID and GUID of mails that pairsync deleted there, because
         the folder had them twice; its log tells of that as of a user's deletion
+    :param renumbered: the same of mails that pairsync gave another UID
     """
 
     sync: str = ""
@@ -39,6 +40,7 @@ class UserState:
     deleted: dict[str, float] = field(default_factory=dict)
     told: dict[str, Any] = field(default_factory=dict)
     doubles: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    renumbered: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
 
 
 class States:
@@ -64,16 +66,23 @@ class States:
 
     def doubles(self, user: str) -> dict[str, set[tuple[int, str]]]:
         """Mails that were deleted because their folder had them twice."""
-        return {
-            folder: {(uid, guid) for uid, guid in mails}
-            for folder, mails in self.of(user).doubles.items()
-        }
+        return _sets(self.of(user).doubles)
 
-    def note_doubles(self, user: str, doubles: Mapping[str, Set[tuple[int, str]]]) -> None:
+    def renumbered(self, user: str) -> dict[str, set[tuple[int, str]]]:
+        """Mails that were given another UID, as they were before."""
+        return _sets(self.of(user).renumbered)
+
+    def note(
+        self,
+        user: str,
+        doubles: Mapping[str, Set[tuple[int, str]]],
+        renumbered: Mapping[str, Set[tuple[int, str]]],
+    ) -> None:
         """They are on the disk afterwards."""
-        noted = {folder: sorted(mails) for folder, mails in doubles.items() if mails}
-        if noted != self.of(user).doubles:
-            self.of(user).doubles = noted
+        state = self.of(user)
+        noted = (_lists(doubles), _lists(renumbered))
+        if noted != (state.doubles, state.renumbered):
+            state.doubles, state.renumbered = noted
             self.save(user, sync=True)
 
     def forget_syncs(self) -> None:
@@ -101,6 +110,14 @@ class States:
             return UserState(**document)
         except (OSError, ValueError, TypeError):
             return UserState()
+
+
+def _sets(listed: Mapping[str, list[tuple[int, str]]]) -> dict[str, set[tuple[int, str]]]:
+    return {folder: {(uid, guid) for uid, guid in mails} for folder, mails in listed.items()}
+
+
+def _lists(mails: Mapping[str, Set[tuple[int, str]]]) -> dict[str, list[tuple[int, str]]]:
+    return {folder: sorted(found) for folder, found in mails.items() if found}
 
 
 def read_document(path: Path) -> dict[str, Any]:

@@ -196,10 +196,11 @@ def test_another_store_makes_all_syncs_void_but_not_deletions(tmp_path: Path) ->
 
 def test_doubles_are_remembered_until_no_log_tells_of_them(tmp_path: Path) -> None:
     states = States(tmp_path)
-    states.note_doubles("u", {"i": {(4, "g"), (3, "h")}, "j": set()})
+    states.note("u", {"i": {(4, "g"), (3, "h")}, "j": set()}, {"i": {(7, "k")}})
     assert States(tmp_path).doubles("u") == {"i": {(4, "g"), (3, "h")}}
-    states.note_doubles("u", {"i": {(4, "g")}})
+    states.note("u", {"i": {(4, "g")}}, {"i": {(7, "k")}})
     assert States(tmp_path).doubles("u") == {"i": {(4, "g")}}
+    assert States(tmp_path).renumbered("u") == {"i": {(7, "k")}}
 
 
 def test_a_state_that_cannot_be_written_is_told(tmp_path: Path) -> None:

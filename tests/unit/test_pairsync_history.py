@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pairsync.history import Life, appends, from_there, read, spared, surplus, unwanted
+from pairsync.history import Life, appends, from_there, linked, read, spared, surplus, unwanted
 from pairsync.repair import Mailbox, Plan, all_of, listed, plans
 from tests.index_logs import DSYNC, EXPUNGE, append, done, log, record, wish
 
@@ -322,3 +322,23 @@ def test_what_the_other_server_has_sent_is_told_from_what_dsync_made_here() -> N
 def test_a_mail_that_came_from_there_and_was_moved_back_is_ours() -> None:
     known = log(append(1, G, DSYNC), wish(1), done(1, G), append(2, G))
     assert from_there(read([known], [(2, G)])) == {1}
+
+
+def test_what_pairsync_gave_another_uid_is_the_same_mail_still() -> None:
+    here = log(append(4, G, DSYNC), wish(4), done(4, G), append(9, G, DSYNC))
+    there = log(
+        append(1, G),
+        # After runs that broke off, pairsync moved it to the end of its folder, twice.
+        *(append(2, G), wish(1), done(1, G)),
+        *(append(5, G), wish(2), done(2, G)),
+        *(append(9, G, DSYNC), wish(5, DSYNC), done(5, G, DSYNC)),
+    )
+    mine, theirs = read([here], [(9, G)]), read([there], [(9, G)])
+    assert 9 not in gone(mine, theirs)
+    moved = linked(theirs, {(1, G), (2, G)})
+    assert [(life.uid, life.before, life.taken) for life in moved] == [
+        *((1, (), False), (2, (1,), False), (5, (2,), False), (9, (5,), False))
+    ]
+    assert gone(mine, moved) == {1, 2, 4, 5, 9}
+    # What the user moved within the folder is another mail.
+    assert linked(theirs, {(1, H), (7, G)}) == theirs
