@@ -496,7 +496,10 @@ class Pair:
 
     def connect_again(self) -> None:
         """The cable went with the machine that lost its power: plug in another."""
-        wait_for("the old cable is gone", lambda: "pair" not in self.a.run("ip", "link"))
+        wait_for(
+            "the old cable is gone",
+            lambda: not any("pair" in server.run("ip", "link") for server in self.both),
+        )
         self.connect()
 
     def wait_up(self, timeout: float = 60.0) -> None:
