@@ -635,6 +635,7 @@ class Daemon:
             "refused_last": self._server.problem,
             "markers_writable": not self._marker_problem,
             "pass": self._pass.document(self._runner.bytes) if self._pass else None,
+            "pass_due": self._pass_wanted,
             "problems": [problem for problem in found if problem],
         }
 

@@ -554,7 +554,7 @@ class Pair:
             f
             and f["peer"]["up"]
             and not f["unsettled"] + f["dirty"] + f["waiting"] + f["running"] + f["background"]
-            and not f["pass"]
+            and not (f["pass"] or f["pass_due"])
             for f in found
         )
 
