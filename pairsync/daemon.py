@@ -90,7 +90,8 @@ class Daemon:
         )
         self._dirty: dict[str, float] = {}
         self._begun: dict[str, float] = {}
-        self._suspects = set(self._markers.dirty())
+        dirty = self._markers.dirty()
+        self._suspects = set(dirty)
         self._settling: set[str] = set()
         sync = config.sync
         self._queue = Queue(sync.parallel, sync.debounce, sync.retry_max)
@@ -106,7 +107,7 @@ class Daemon:
             )
         self._renames = Renames(self._markers.folders, self._states, self._doveadm)
         self._burials = Burials(self._doveadm, self._states)
-        for user, since in self._markers.dirty().items():
+        for user, since in dirty.items():
             # Whose run broke off when the daemon died is among them.
             self._burials.open(user, since)
         self._asides: set[asyncio.Task[None]] = set()

@@ -86,13 +86,15 @@ def from_there(history: History) -> set[int]:
     return found
 
 
-def unseen(logs: Sequence[bytes], present: Sequence[Mail], had: int | None) -> list[int]:
+def unseen(
+    logs: Sequence[bytes], present: Sequence[Mail], brought: Set[int], had: int | None
+) -> list[int]:
     """UIDs of mails in a folder that the other server has not had.
 
-    ``had``: UID up to which both had the same; None where that is not known, and then what is older
-    than the logs may be known there.
+    ``brought``: what :func:`from_there` finds. ``had``: UID up to which both had the same; None
+    where that is not known, and then what is older than the logs may be known there.
     """
-    brought, told = from_there(read(logs, present)), appends(logs)
+    told = appends(logs)
     return [
         uid
         for uid, _ in present

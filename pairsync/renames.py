@@ -21,7 +21,7 @@ from typing import TypeVar
 from pairsync import changelog, history, notify, repair
 from pairsync.doveadm import Doveadm, DovecotError, NoUser, Reply, uid_set
 from pairsync.markers import user_name
-from pairsync.state import States, UserState
+from pairsync.state import States
 from pairsync.told import (
     INBOX,
     NOTHING,
@@ -87,12 +87,11 @@ class Renames:
     async def learn(self, user: str) -> Told:
         """What the peer does not know yet. Raises :class:`DovecotError`."""
         async with self._locks.setdefault(user, asyncio.Lock()):
-            state = self._states.of(user)
-            if user not in self._files and not state.told:
+            if user not in self._files and not self._states.of(user).told:
                 return NOTHING
             files = set(self._files.get(user, ()))
             changes = read(files)
-            known = await self._know(user, changes) if changes else Told.of(state.told)
+            known = await self._know(user, changes) if changes else self.known(user)
             if self._states.problem:
                 return known
             for path in files:
@@ -105,7 +104,6 @@ class Renames:
 
     async def _know(self, user: str, changes: Sequence[Change]) -> Told:
         """What was known, with ``changes``. Raises :class:`DovecotError`."""
-        state = self._states.of(user)
         seen = dict(self._seen.get(user, {}))
         concerned = {name for c in changes for name in (c.old, c.new) if name}
         # Dovecot takes no line of more than a megabyte.
@@ -117,7 +115,7 @@ class Renames:
             # from giving that the GUID that the folder has on the other server.
             names = await self._names(user, *(() if look else only))
             # What was told meanwhile is not in the state any more.
-            known, missing = add(Told.of(state.told), changes, names, seen)
+            known, missing = add(self.known(user), changes, names, seen)
             if not missing:
                 break
         origins, gone = follow(changes, seen)
@@ -126,9 +124,9 @@ class Renames:
             # Whatever is there, under any name, has not been deleted.
             there = await self._names(user)
             guessed = {guid: at for guid, at in guessed.items() if guid not in there}
-            known, _ = add(Told.of(state.told), changes, names, seen)
+            known, _ = add(self.known(user), changes, names, seen)
         known.gone.update(guessed | deleted)
-        self._remember(user, state, known)
+        self._remember(user, known)
         for name in concerned - set(names.values()):
             # What has been renamed or deleted since is known by this when that is learned.
             self._seen[user].pop(name, None)
@@ -251,15 +249,15 @@ class Renames:
     def done(self, user: str, told: Told) -> None:
         """The peer knows ``told``."""
         if told:
-            state = self._states.of(user)
-            known = Told.of(state.told)
+            known = self.known(user)
             for part in ("renamed", "left", "made", "gone"):
                 now, then = getattr(known, part), getattr(told, part)
                 for key in [key for key in now if then.get(key) == now[key]]:
                     del now[key]
-            self._remember(user, state, known)
+            self._remember(user, known)
 
-    def _remember(self, user: str, state: UserState, known: Told) -> None:
+    def _remember(self, user: str, known: Told) -> None:
+        state = self._states.of(user)
         document = known.document() if known else {}
         if document != state.told:
             state.told = document
@@ -267,7 +265,7 @@ class Renames:
 
     def _just_made(self, user: str, name: str, since: float) -> bool:
         """Whether a user gave a name while a run was being prepared."""
-        known = Told.of(self._states.of(user).told).made
+        known = self.known(user).made
         news = {c.new: c.at for c in read(self._files.get(user, ()))}
         return max(given_at(known, name), given_at(news, name)) >= since
 
@@ -367,11 +365,11 @@ class Renames:
             fields = "uid guid date.saved.unixtime"
             rows = await self._rows(user, 3, "fetch", fields, *_mails_of(name, guid))
             logs = await self._read_logs(user, guid, name)
-            if unseen := history.unseen(logs, _present(rows), had.get(guid)):
+            brought = history.from_there(history.read(logs, _present(rows)))
+            if unseen := history.unseen(logs, _present(rows), brought, had.get(guid)):
                 await self._move(user, name, guid, INBOX, unseen)
                 text = f"moved to the inbox, {name} is deleted: UIDs {uid_set(unseen)}"
                 notify.log(notify.INFO, f"{user}: {text}")
-            brought = history.from_there(history.read(logs, _present(rows)))
             found[guid] = [m for u, m, saved in rows if int(saved) == at and int(u) in brought]
             kept[guid] = (nexts[guid], found[guid])
         return {guid: carried for guid, carried in found.items() if carried}
@@ -392,10 +390,9 @@ class Renames:
 
     def _took_away(self, user: str, guid: str) -> None:
         """The other server has to know: dsync will delete that folder there."""
-        state = self._states.of(user)
-        known = Told.of(state.told)
+        known = self.known(user)
         known.gone[guid] = time.time()
-        self._remember(user, state, known)
+        self._remember(user, known)
 
     async def _keep_of_unwanted(self, user: str) -> None:
         """Move mails to the folder that a user renamed, which came into what dsync made of its
@@ -414,7 +411,8 @@ class Renames:
                 continue
             rows = await self._rows(user, 2, "fetch", "uid guid", *_mails_of(name, guid))
             logs = await self._read_logs(user, guid, name)
-            if unseen := history.unseen(logs, _present(rows), had.get(guid)):
+            brought = history.from_there(history.read(logs, _present(rows)))
+            if unseen := history.unseen(logs, _present(rows), brought, had.get(guid)):
                 await self._move(user, name, guid, names.get(origin, INBOX), unseen)
 
     async def _clear(self, user: str, relic: str, guid: str, target: str, *, moves: bool) -> None:

@@ -202,6 +202,14 @@ class Dovecot(Doveadm):
         return Reply("", (), "")
 
 
+class Full(Dovecot):
+    """Deletes no folder, for there are mails in it."""
+
+    async def run(self, user: str, *words: str) -> Reply:
+        reply = await super().run(user, *words)
+        return Reply("NOTPOSSIBLE", (), "") if words[0] == "mailbox delete" else reply
+
+
 def made(tmp_path: Path, dovecot: Dovecot) -> Renames:
     states = States(tmp_path / "users")
     states.prepare()
@@ -426,11 +434,6 @@ def test_the_very_folder_that_was_deleted_here_goes_with_the_mails_that_were_in_
 def test_who_does_not_know_what_the_other_one_has_leaves_mails_of_the_second_alone(
     tmp_path: Path,
 ) -> None:
-    class Full(Dovecot):
-        async def run(self, user: str, *words: str) -> Reply:
-            reply = await super().run(user, *words)
-            return Reply("NOTPOSSIBLE", (), "") if words[0] == "mailbox delete" else reply
-
     dovecot = Full({GUID: "a"})
     dovecot.inbox = tmp_path / "INBOX"
     guids = {uid: f"{uid:032x}" for uid in (1, 2)}
@@ -538,11 +541,6 @@ def test_dsync_finds_renames_and_deletions_that_dovecot_did_not_keep(tmp_path: P
 def test_a_folder_with_mails_on_the_other_server_stays_and_one_here_is_told_of(
     tmp_path: Path,
 ) -> None:
-    class Full(Dovecot):
-        async def run(self, user: str, *words: str) -> Reply:
-            reply = await super().run(user, *words)
-            return Reply("NOTPOSSIBLE", (), "") if words[0] == "mailbox delete" else reply
-
     told = Told({"G": ("b", 2.0)}, {"a": ("G", 2.0)})
     full = Full({"G": "b", "H": "a"})
     stands = asyncio.run(made(tmp_path, full).carry_out("jane", NOTHING, told))
