@@ -110,6 +110,7 @@ class Daemon:
         for user, since in dirty.items():
             # Whose run broke off when the daemon died is among them.
             self._burials.open(user, since)
+            self._renames.began(user)
         self._asides: set[asyncio.Task[None]] = set()
         self._peer = Peer(config, self._tls, self._secret, self._me, self._on_up, self._on_down)
         self._server = Server(
@@ -413,7 +414,7 @@ class Daemon:
             self._words.pop(user, None)
         self._count_for_pass(job, outcome)
         if outcome in (Outcome.OK, Outcome.CHANGED):
-            self._rate(job, changed=outcome is Outcome.CHANGED)
+            self._rate(job, changed=outcome is Outcome.CHANGED or result.after_broken)
         if outcome is Outcome.OK or outcome is Outcome.GONE or outcome in FAILURES:
             for future in self._asked.pop(user, []) if job.full or outcome in FAILURES else []:
                 if not future.done():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +19,24 @@ LOGS = ("dovecot.index.log.2", "dovecot.index.log")
 """In the folder of a folder's index, the older one first."""
 
 _HEADER = struct.Struct("<xxH")
+_NUMBERS = struct.Struct("<8xII4xI")
+"""Number of a log in a folder's index, and of the one before it; 0: it does not go on from one.
+Then when it was begun, in seconds since 1970.
+"""
+_FIRST = 2
+"""A new folder begins with these."""
 _RECORD = struct.Struct("<II")
 _WRITTEN = 0x80808080
 _APPEND, _INTRO, _DATA, _EXPUNGE = 0x2, 0x40, 0x200, 0x2000 | 0xCD90
-_TOLD = frozenset({_APPEND, _INTRO, _DATA, _EXPUNGE})
+_BOUNDARY = 0x80000
+_TOLD = frozenset({_APPEND, _INTRO, _DATA, _EXPUNGE, _BOUNDARY})
 _TYPE, _DONE, _DSYNC = 0x0FFFFFFF, 0x10000000, 0x20000000
 _NEW = struct.Struct("<IB3x")
 _WITH_GUID = struct.Struct("<I16s")
 # Data of so many bytes for each mail, aligned so: mdbox's GUIDs, and nothing else.
 _INTRODUCED, _GUIDS = struct.Struct("<12xHH"), (16, 1)
+_MDBOX, _SAVED = 8, struct.Struct("<III")
+"""What mdbox has of each mail: where it is in the storage, and when it was saved there."""
 _UNKNOWN = "0" * 32
 
 Mail = tuple[int, str]
@@ -66,15 +75,72 @@ def logs_of(index: Path) -> list[bytes]:
     return found
 
 
-def appends(logs: Sequence[bytes]) -> dict[int, bool]:
-    """UIDs that the logs tell of -> whether dsync put the last mail of that UID there."""
+def appends(logs: Sequence[bytes]) -> set[int]:
+    """UIDs of mails of which the logs tell that they were put there."""
     return {
-        uid: bool(kind & _DSYNC)
+        uid
         for log in logs
         for kind, body in _records(log)
         if kind & _TYPE == _APPEND
         for uid, _ in _whole(_NEW, body)
     }
+
+
+def repaired(logs: Sequence[bytes]) -> tuple[set[int], set[int]]:
+    """What tells of Dovecot's last repairs of a folder, where it begins the log anew: UIDs of mails
+    that were there, put there by nobody knows whom; and of mails that Dovecot put back, for it
+    found them in the storage and in no folder (mdbox-storage-rebuild.c).
+    """
+    unclear: set[int] = set()
+    restored: set[int] = set()
+    for log in logs:
+        if len(log) < _NUMBERS.size:
+            continue
+        number, before, began = _NUMBERS.unpack_from(log)
+        if number <= _FIRST or before:
+            continue
+        transactions = _transactions(log)
+        for kind, body in next(transactions, ()):
+            if kind & _TYPE == _APPEND:
+                unclear.update(uid for uid, _ in _whole(_NEW, body))
+        for transaction in transactions:
+            uids = _put_back(transaction, began)
+            if not uids:
+                break
+            restored |= uids
+    return unclear, restored
+
+
+def _transactions(log: bytes) -> Iterator[list[tuple[int, bytes]]]:
+    """The records of each transaction of a log."""
+    records: list[tuple[int, bytes]] = []
+    for kind, body in _records(log):
+        if kind & _TYPE == _BOUNDARY and records:
+            yield records
+            records = []
+        records.append((kind, body))
+    if records:
+        yield records
+
+
+def _put_back(transaction: Iterable[tuple[int, bytes]], began: int) -> set[int]:
+    """UIDs that Dovecot put back by a transaction, in a repair that began then; none: it is of
+    somebody else. Whoever saves or copies a mail tells more of it, and hardly in that second.
+    """
+    uids: set[int] = set()
+    saved: set[int] = set()
+    size = 0
+    for kind, body in transaction:
+        match kind & _TYPE:
+            case t if t == _APPEND:
+                uids.update(uid for uid, _ in _whole(_NEW, body))
+            case t if t == _INTRO and len(body) >= _INTRODUCED.size:
+                size, _ = _INTRODUCED.unpack_from(body)
+            case t if t == _DATA and size == _MDBOX:
+                saved.update(at for _, _, at in _whole(_SAVED, body))
+            case t if t == _DATA and size != _GUIDS[0]:
+                return set()
+    return uids if saved == {began} else set()
 
 
 def from_there(history: History) -> set[int]:

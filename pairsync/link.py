@@ -11,16 +11,16 @@ line. Each proves that it knows the shared secret, without showing it, before it
              "told": of folders made, renamed and deleted (pairsync.told.Told),
              "suspect": whether to compare first}
     server: {"go": true, "deleted": {...}, "told": {...}, "stay": folders, "carried": mails by
-             folder (both: pairsync.told.Standing)}, or {"busy": true}, or,
+             folder, "unsure": whether it has to do a run of its own (the three:
+             pairsync.told.Standing)}, or {"busy": true}, or,
             where one of the two suspects that mails were left out (pairsync.repair),
-            {"repair": {folder: uid}, "broken": whether a run broke off, "deleted": {...},
-             "told": {...}, "stay": [...], "carried": {...}}
+            {"repair": {folder: uid}, "broken": whether a run broke off}, and the rest as before
     client: {"after": {folder: uid}}
     server: {"moot": {folder: [guid]}}
     client: {"moot": {folder: [guid]}}, with its own
     server: {"histories": {folder: [[uid, guid, ...]]}} of those
     client: {"expunge": {folder: [[uid, guid]]}, "renumber": {folder: [uid]},
-             "doubles": {folder: [[uid, guid]]}}
+             "doubles": {folder: [[uid, guid]]}, "used": {folder: uid}} (pairsync.repair.Plan)
     server: {"go": true}
     both:   the bytes of dsync in frames (pairsync.relay), until both have ended
     client: {"well": whether the run ended well, "state": dsync's after it}, then the next "run"

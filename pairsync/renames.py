@@ -44,6 +44,9 @@ _SECONDS = 20.0
 _SEEN, _ASKED, _LISTS = 500, 1000, 3
 _CLOSE = 5.0
 """By so many seconds Dovecot's time of a deletion may differ from the hook's."""
+_TRIES = 8
+"""So many runs in a row are begun for folders that stay, and then no more: something else is wrong
+with them."""
 _LOOKS, _PAUSE = 4, 0.05
 """A folder that is just being renamed is in no list."""
 
@@ -60,14 +63,19 @@ class Renames:
         self._logs: dict[str, Path] = {}
         self._ended: dict[str, float] = {}
         """User -> when a dsync last ended here (seconds since 1970)."""
-        self._unwanted: dict[str, dict[str, str]] = {}
+        self._begun: set[str] = set()
+        """Users with whom one is at work, or was when nobody saw its end."""
+        self._unwanted: dict[str, dict[str, tuple[str, int]]] = {}
         """User -> folder (its GUID) that dsync made of an earlier name of another one -> that one,
-        until dsync ends: the other server may have taken it away.
+        and the lowest UID of mails that came since, until dsync ends: the other server may have
+        taken it away.
         """
         self._kept: dict[str, dict[str, tuple[int, list[str]]]] = {}
         """User -> folder (its GUID) -> UID below which nothing is unseen, and what was carried."""
         self._seen: dict[str, dict[str, str]] = {}
         """User -> name of a folder that was there lately -> its GUID."""
+        self._tries: dict[str, int] = {}
+        """User -> how many runs that ended well were begun for a folder that stays."""
 
     def scan(self) -> None:
         """Find what the hook left while nobody watched."""
@@ -165,13 +173,21 @@ class Renames:
             names = await self._names(user)
         here = {name: guid for guid, name in names.items()}
         unwanted: list[tuple[str, str, float]] = []
-        for name, (guid, at) in relics(names, mine, theirs).items():
+        made = relics(names, mine, theirs)
+        nexts = await _limited(user, self._doveadm.next_uids(user, *made)) if made else {}
+        for name, (guid, at) in made.items():
             if self._just_made(user, name, at):
+                stands.stay.append(name)
                 continue
+            relic, first = here[name], 1
             if guid in names:
-                await self._clear(user, here[name], guid, names[guid], moves=there is not None)
-            unwanted.append((here[name], name, at))
-            self._unwanted.setdefault(user, {})[here[name]] = guid
+                target = (names[guid], guid)
+                if there is None:
+                    # What is there by now is moved by the other server; by both, it would be twice.
+                    first = nexts.get(relic, 1)
+                await self._clear(user, (name, relic), target, moves=there is not None)
+            unwanted.append((relic, name, at))
+            self._unwanted.setdefault(user, {})[relic] = (guid, first)
         # What was deleted on the other server is deleted by dsync.
         stands.carried.update(await self._keep_unseen(user, names, mine, theirs, there))
         for guid, at in mine.gone.items():
@@ -182,23 +198,41 @@ class Renames:
                 await self._expunge_older(user, guid, name, at, known)
                 unwanted.append((guid, name, deleted_at))
         for guid, name, at in unwanted:
-            if (there and name in there.stay) or not await self._is_still(user, guid, name, at):
+            if there and name in there.stay:
+                continue
+            if not await self._is_still(user, guid, name, at):
+                if name in made:
+                    # A user has just renamed it, so he wants what is in it.
+                    stands.stay.append(name)
                 continue
             # Only if it is empty.
             reply = await self._run(user, "mailbox delete", "-e", "--", name)
             if reply.code:
                 stands.stay.append(name)
-                stands.is_unsure |= there is None and guid in mine.gone
             else:
                 self._took_away(user, guid)
                 notify.log(
                     notify.INFO, f"{user}: {name} is taken away: a user renamed or deleted it"
                 )
         await self._backdate(user, mine, theirs)
+        tries = self._tries.get(user, 0)
+        stands.is_unsure = there is None and bool(stands.stay) and tries < _TRIES
         return stands
+
+    def tried(self, user: str, stands: Standing) -> None:
+        """A run of the other server, for which :meth:`carry_out` returned that, has ended well."""
+        if stands.is_unsure:
+            self._tries[user] = self._tries.get(user, 0) + 1
+        elif not stands.stay:
+            self._tries.pop(user, None)
+
+    def began(self, user: str) -> None:
+        """dsync is about to begin here, or was at work when the daemon ended."""
+        self._begun.add(user)
 
     async def ended(self, user: str, mine: Told, theirs: Told) -> None:
         """A dsync has ended here, well or not. Raises :class:`DovecotError`."""
+        self._begun.discard(user)
         self._ended[user] = time.time()
         self._kept.pop(user, None)
         self._unwanted.pop(user, None)
@@ -214,24 +248,30 @@ class Renames:
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(changelog.backdate, folder, given)
 
-    async def attest(self, user: str, theirs: Told, there: Standing | None = None) -> None:
+    async def attest(
+        self, user: str, mine: Told, theirs: Told, there: Standing | None = None
+    ) -> bool:
         """See that dsync, which is about to begin, finds what was renamed here until now, and in
         the folders that it is to delete no mail that only this server has.
 
-        Arguments as for :meth:`carry_out`. Raises :class:`DovecotError`.
+        Arguments as for :meth:`carry_out`. Returns whether it may begin: not where a folder was
+        deleted since the other server was told of ``mine``, which may have such mails in it.
+        Raises :class:`DovecotError`.
         """
         known = await self.learn(user)
         given = dict(known.renamed.values())
         gone = {}
-        if known.gone or theirs.gone:
+        unwanted = self._unwanted.get(user, {})
+        if known.gone or theirs.gone or unwanted:
             names = await self._names(user)
             # Looked for once more: one that was just being renamed is not gone.
             gone = {guid: at for guid, at in known.gone.items() if guid not in names}
             await self._keep_unseen(user, names, known, theirs, there)
-        await self._keep_of_unwanted(user)
+            await self._keep_of_unwanted(user, names, unwanted)
         if (given or gone) and (folder := await self._logs_of(user)):
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(changelog.attest, folder, given, gone)
+        return known.gone.keys() <= mine.gone.keys()
 
     async def _logs_of(self, user: str) -> Path | None:
         """The folder with Dovecot's log of the user's folders; None where there is none yet."""
@@ -294,7 +334,8 @@ class Renames:
         or renamed it, wants it.
         """
         folder, deleted_at = mine.left.get(name, (guid, 0.0))
-        if not name or folder or self._ended.get(user, 0.0) < at:
+        ended = user in self._begun or self._ended.get(user, 0.0) >= at
+        if not name or folder or not ended:
             return None
         both = (mine, theirs)
         since = [given_at(told.made, name) for told in both]
@@ -394,42 +435,43 @@ class Renames:
         known.gone[guid] = time.time()
         self._remember(user, known)
 
-    async def _keep_of_unwanted(self, user: str) -> None:
+    async def _keep_of_unwanted(
+        self, user: str, names: Mapping[str, str], unwanted: Mapping[str, tuple[str, int]]
+    ) -> None:
         """Move mails to the folder that a user renamed, which came into what dsync made of its
         earlier name, whatever name that has by now: the other server may have taken it away, and
         dsync would here.
 
         Raises :class:`DovecotError`.
         """
-        unwanted = self._unwanted.get(user)
-        if not unwanted:
-            return
-        names = await self._names(user)
         had = repair.common(self._states.of(user).sync)
-        for guid, origin in unwanted.items():
+        for guid, (origin, first) in unwanted.items():
             if (name := names.get(guid)) is None:
                 continue
             rows = await self._rows(user, 2, "fetch", "uid guid", *_mails_of(name, guid))
             logs = await self._read_logs(user, guid, name)
             brought = history.from_there(history.read(logs, _present(rows)))
-            if unseen := history.unseen(logs, _present(rows), brought, had.get(guid)):
-                await self._move(user, name, guid, names.get(origin, INBOX), unseen)
+            unseen = history.unseen(logs, _present(rows), brought, had.get(guid))
+            if came := [uid for uid in unseen if uid >= first]:
+                await self._move(user, name, guid, names.get(origin, INBOX), came)
 
-    async def _clear(self, user: str, relic: str, guid: str, target: str, *, moves: bool) -> None:
-        """Clear a folder that dsync made of an earlier name of another one.
+    async def _clear(
+        self, user: str, relic: tuple[str, str], target: tuple[str, str], *, moves: bool
+    ) -> None:
+        """Clear a folder that dsync made of an earlier name of another one; both by name and GUID.
 
-        ``relic`` and ``guid`` are the GUIDs of the two, ``target`` is the name of the other one.
+        ``moves``: also of mails that the other one has not.
         """
-        folder = ("mailbox-guid", relic)
+        folder = _mails_of(*relic)
         rows = await self._rows(user, 2, "fetch", "uid guid", *folder)
-        there = await self._rows(user, 1, "fetch", "guid", "mailbox-guid", guid)
+        there = await self._rows(user, 1, "fetch", "guid", *_mails_of(*target))
         known = {mail for (mail,) in there}
         copies = [int(uid) for uid, mail in rows if mail in known]
         others = [int(uid) for uid, mail in rows if mail not in known]
         if copies:
             await self._run(user, "expunge", *folder, "uid", uid_set(copies))
         if others and moves:
-            await self._run(user, "move", "--", target, *folder, "uid", uid_set(others))
+            await self._run(user, "move", "--", target[0], *folder, "uid", uid_set(others))
 
     async def _names(self, user: str, *only: str) -> dict[str, str]:
         """Folder (its GUID) -> its name; none of a user who is gone, as the run will tell.

@@ -18,6 +18,7 @@ import asyncio
 import base64
 import binascii
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,9 @@ Listing = Mapping[str, Sequence[Mail]]
 
 Guids = Mapping[str, Set[str]]
 """Folder (its GUID) -> GUIDs of mails."""
+
+Uids = Mapping[str, Set[int]]
+"""Folder (its GUID) -> UIDs of mails."""
 
 _VERSION = 1
 _HEADER, _CHECKSUM = 4, 4
@@ -95,10 +99,14 @@ class Mailbox:
 
     :param histories: folder (its GUID) -> its history
     :param names: folder (its GUID) -> its name
+    :param unclear: folder (its GUID) -> UIDs of mails of which nobody knows who put them there
+    :param restored: folder (its GUID) -> UIDs of mails that Dovecot put there in a repair
     """
 
     histories: Mapping[str, History]
     names: Mapping[str, str] = field(default_factory=dict)
+    unclear: Uids = field(default_factory=dict)
+    restored: Uids = field(default_factory=dict)
 
     def here(self, folder: str) -> set[Mail]:
         """What is in a folder."""
@@ -106,14 +114,26 @@ class Mailbox:
         return {(life.uid, life.guid) for life in lives if life.is_there}
 
     def moot(self, after: Mapping[str, int]) -> Guids:
-        """Mails that may be left out or unwanted: newer than a UID, or taken away.
+        """Mails that may be left out or unwanted: newer than a UID, or taken away, or doubtful.
 
         Of all others, both servers have had the same since the last good run.
         """
         return {
             folder: {life.guid for life in lives if life.taken or life.uid > after.get(folder, 0)}
+            | self.doubtful(folder)
             for folder, lives in self.histories.items()
         }
+
+    def doubtful(self, folder: str) -> set[str]:
+        """Mails that are in a folder more than once, and of one of them nobody knows how it came:
+        Dovecot may have repaired the folder while dsync gave it another UID.
+        """
+        unclear = self.unclear.get(folder, ())
+        if not unclear:
+            return set()
+        there = Counter(life.guid for life in self.histories[folder] if life.is_there)
+        lives = self.histories[folder]
+        return {life.guid for life in lives if life.uid in unclear and there[life.guid] > 1}
 
     def only(self, guids: Guids) -> Mailbox:
         """Some mails, under all of their UIDs."""
@@ -122,11 +142,23 @@ class Mailbox:
             for folder, lives in self.histories.items()
             if (wanted := guids.get(folder))
         }
-        return Mailbox(found, self.names)
+        unclear, restored = (
+            {
+                folder: uids & {life.uid for life in found[folder]}
+                for folder, uids in which.items()
+                if folder in found
+            }
+            for which in (self.unclear, self.restored)
+        )
+        return Mailbox(found, self.names, unclear, restored)
 
     def document(self) -> dict[str, Any]:
         """For the peer."""
-        return {"histories": self.histories}
+        unclear, restored = (
+            {folder: sorted(uids) for folder, uids in which.items() if uids}
+            for which in (self.unclear, self.restored)
+        )
+        return {"histories": self.histories, "unclear": unclear, "restored": restored}
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Mailbox:
@@ -146,7 +178,18 @@ class Mailbox:
             ]
             for folder, lives in document["histories"].items()
         }
-        return cls(histories)
+        # One of an earlier release does not tell.
+        unclear, restored = (
+            {str(f): set(map(int, uids)) for f, uids in document.get(part, {}).items()}
+            for part in ("unclear", "restored")
+        )
+        return cls(histories, {}, unclear, restored)
+
+    def as_if_dsyncs(self, folder: str) -> History:
+        """A folder's history in which dsync put there what no user did for sure."""
+        uids = {*self.unclear.get(folder, ()), *self.restored.get(folder, ())}
+        lives = self.histories.get(folder, ())
+        return [life._replace(by_dsync=True) if life.uid in uids else life for life in lives]
 
 
 def all_of(*several: Mapping[str, Iterable[str]]) -> dict[str, set[str]]:
@@ -170,15 +213,24 @@ class Plan:
     :param expunge: folder (its GUID) -> mails to delete; most of them are not there any more
     :param renumber: folder (its GUID) -> UIDs of mails to give new ones
     :param doubles: folder (its GUID) -> mails to delete that are there under another UID as well
+    :param used: folder (its GUID) -> highest UID under which the other server had one of the mails
+        that are here, and has it no more: to dsync, one that gets that UID here is the same, so it
+        would delete it
     """
 
     expunge: Listing
     renumber: Mapping[str, Sequence[int]]
     doubles: Listing = field(default_factory=dict)
+    used: Common = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """For the peer."""
-        return {"expunge": self.expunge, "renumber": self.renumber, "doubles": self.doubles}
+        return {
+            "expunge": self.expunge,
+            "renumber": self.renumber,
+            "doubles": self.doubles,
+            "used": self.used,
+        }
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Plan:
@@ -191,7 +243,9 @@ class Plan:
             for name in ("expunge", "doubles")
         )
         renumber = {str(f): list(map(int, uids)) for f, uids in document["renumber"].items()}
-        return cls(expunge, renumber, doubles)
+        # One of an earlier release does not tell.
+        used = {str(f): int(uid) for f, uid in document.get("used", {}).items()}
+        return cls(expunge, renumber, doubles, used)
 
 
 def plans(
@@ -201,46 +255,130 @@ def plans(
 
     ``after`` is up to where both had the same, ``broken``: a run broke off since.
     """
-    gone: dict[str, list[Mail]] = {}
-    doubles: dict[str, list[Mail]] = {}
+    boxes = (mine, theirs)
+    folders = {*mine.histories, *theirs.histories}
+    gone: dict[str, set[Mail]] = {}
+    doubles: dict[str, set[Mail]] = {}
+    for folder in folders:
+        gone[folder] = history.unwanted([box.histories.get(folder, ()) for box in boxes])
+        lives = [box.as_if_dsyncs(folder) for box in boxes]
+        left = [[life for life in h if life[:2] not in gone[folder]] for h in lives]
+        doubles[folder] = history.surplus(left, after.get(folder, 0)) if broken else set()
+        doubtful = set().union(*(box.doubtful(folder) for box in boxes if folder in box.histories))
+        if doubtful:
+            some = [[life for life in h if life.guid in doubtful] for h in left]
+            doubles[folder] |= history.surplus(some, 0)
+    unwanted = {folder: gone[folder] | doubles[folder] for folder in folders}
+    for found, more in zip((gone, doubles), _put_back(boxes, unwanted), strict=True):
+        for folder, mails in more.items():
+            found[folder] |= mails
+            unwanted[folder] |= mails
     both: Common = {}
     newer: tuple[dict[str, list[Mail]], ...] = ({}, {})
     kept: tuple[dict[str, set[str]], ...] = ({}, {})
-    for folder in {*mine.histories, *theirs.histories}:
-        newest = after.get(folder, 0)
-        histories = [box.histories.get(folder, ()) for box in (mine, theirs)]
-        unwanted = history.unwanted(histories)
-        if unwanted:
-            gone[folder] = sorted(unwanted)
-        if broken:
-            left = [
-                [life for life in h if (life.uid, life.guid) not in unwanted] for h in histories
-            ]
-            if surplus := history.surplus(left, newest):
-                doubles[folder] = sorted(surplus)
-                unwanted |= surplus
+    for folder in folders:
+        histories = [box.histories.get(folder, ()) for box in boxes]
         one, other = ({(life.uid, life.guid) for life in lives} for lives in histories)
         both[folder] = max((uid for uid, _ in one & other), default=0)
-        for mails, guids, lives in zip(newer, kept, histories, strict=True):
-            places = {(life.uid, life.guid) for life in lives if life.is_there} - unwanted
+        for latest_of, guids, box in zip(newer, kept, boxes, strict=True):
+            places = box.here(folder) - unwanted[folder]
             guids[folder] = {guid for _, guid in places}
-            mails[folder] = [(uid, guid) for uid, guid in places if uid > newest]
+            latest_of[folder] = [mail for mail in places if mail[0] > after.get(folder, 0)]
+    listed = [
+        {folder: sorted(mails) for folder, mails in some.items() if mails}
+        for some in (gone, doubles)
+    ]
     return (
-        Plan(gone, holes(newer[0], newer[1], both, kept[1]), doubles),
-        Plan(gone, holes(newer[1], newer[0], both, kept[0]), doubles),
+        Plan(
+            listed[0],
+            holes(newer[0], newer[1], both, kept[1]),
+            listed[1],
+            _used(mine, theirs, unwanted, after),
+        ),
+        Plan(
+            listed[0],
+            holes(newer[1], newer[0], both, kept[0]),
+            listed[1],
+            _used(theirs, mine, unwanted, after),
+        ),
     )
+
+
+def _put_back(
+    boxes: Sequence[Mailbox], unwanted: Mapping[str, Set[Mail]]
+) -> tuple[dict[str, set[Mail]], dict[str, set[Mail]]]:
+    """What Dovecot put back into folders and nobody misses: mails that users deleted there, and
+    were nowhere else; and mails that are in another folder as well.
+    """
+    restored = {folder for box in boxes for folder, uids in box.restored.items() if uids}
+    known: dict[str, set[str]] = {}
+    there: dict[str, set[str]] = {}
+    taken: set[tuple[str, str]] = set()
+    for box in boxes if restored else ():
+        for folder, lives in box.histories.items():
+            for life in lives:
+                known.setdefault(life.guid, set()).add(folder)
+                again = life.uid in box.restored.get(folder, ())
+                if life.is_there and not again and life[:2] not in unwanted[folder]:
+                    there.setdefault(life.guid, set()).add(folder)
+                if life.taken:
+                    taken.add((folder, life.guid))
+    deleted: dict[str, set[Mail]] = {}
+    several: dict[str, set[Mail]] = {}
+    for box in boxes:
+        for folder in restored & set(box.histories):
+            for uid, guid in box.here(folder) - unwanted[folder]:
+                if uid not in box.restored.get(folder, ()):
+                    continue
+                if there.get(guid, set()) - {folder}:
+                    several.setdefault(folder, set()).add((uid, guid))
+                elif known[guid] == {folder} and (folder, guid) in taken:
+                    deleted.setdefault(folder, set()).add((uid, guid))
+    return deleted, several
+
+
+def _used(
+    here: Mailbox, there: Mailbox, unwanted: Mapping[str, Set[Mail]], after: Mapping[str, int]
+) -> Common:
+    """As :class:`Plan` has it."""
+    has = {life.guid for lives in here.histories.values() for life in lives if life.is_there}
+    found = {}
+    for folder, lives in there.histories.items():
+        last = max((life.uid for life in here.histories.get(folder, ())), default=0)
+        over = [
+            life.uid
+            for life in lives
+            if life.uid > max(last, after.get(folder, 0))
+            and life.guid in has
+            and (not life.is_there or (life.uid, life.guid) in unwanted[folder])
+        ]
+        if over:
+            found[folder] = max(over)
+    return found
 
 
 async def look(doveadm: Doveadm, states: States, user: str) -> Mailbox:
     """All mails that are there, and what became of others. Raises :class:`DovecotError`."""
+    box = await _look(doveadm, states, user)
+    if any(uids - {uid for uid, _ in box.here(folder)} for folder, uids in box.restored.items()):
+        # Dovecot may have repaired the storage because it was looked at.
+        box = await _look(doveadm, states, user)
+    return box
+
+
+async def _look(doveadm: Doveadm, states: States, user: str) -> Mailbox:
     rows = await doveadm.rows(user, 3, "fetch", " ".join(_FIELDS), "all")
     # Only then the logs: what is taken away meanwhile is neither in the list nor unexplained.
     unread = names = await doveadm.folders(user)
     doubles, renumbered = states.doubles(user), states.renumbered(user)
     histories: dict[str, History] = {}
+    unclear: dict[str, set[int]] = {}
+    restored: dict[str, set[int]] = {}
     for _ in range(_LOOKS):
         paths = await _paths(doveadm, user, unread)
-        histories |= await asyncio.to_thread(_histories, rows, paths, doubles, renumbered)
+        found = await asyncio.to_thread(_histories, rows, paths, doubles, renumbered)
+        for folder, (histories[folder], repaired) in found.items():
+            unclear[folder], restored[folder] = repaired
         now = await doveadm.folders(user)
         # The log of a folder that was renamed meanwhile was not where it was looked for.
         unread = {f: now[f] for f, name in names.items() if now.get(f, name) != name}
@@ -259,7 +397,7 @@ async def look(doveadm: Doveadm, states: States, user: str) -> Mailbox:
         {folder: doubles[folder] & told[folder] for folder in doubles},
         {folder: renumbered[folder] & told[folder] for folder in renumbered},
     )
-    return Mailbox(histories, names)
+    return Mailbox(histories, names, unclear, restored)
 
 
 def _histories(
@@ -267,15 +405,18 @@ def _histories(
     paths: Mapping[str, Path],
     doubles: Mapping[str, Set[Mail]],
     renumbered: Mapping[str, Set[Mail]],
-) -> dict[str, History]:
+) -> dict[str, tuple[History, tuple[set[int], set[int]]]]:
+    """Folder (its GUID) -> its history, and what tells of its repairs."""
     present: dict[str, list[Mail]] = {}
     for folder, uid, guid in rows:
         present.setdefault(folder, []).append((int(uid), guid))
     found = {}
     for folder, path in paths.items():
-        lives = history.read(history.logs_of(path), present.get(folder, ()))
+        logs = history.logs_of(path)
+        lives = history.read(logs, present.get(folder, ()))
         lives = history.linked(lives, renumbered.get(folder, set()))
-        found[folder] = history.spared(lives, doubles.get(folder, set()))
+        lives = history.spared(lives, doubles.get(folder, set()))
+        found[folder] = (lives, history.repaired(logs))
     return found
 
 
@@ -289,11 +430,18 @@ async def mend(doveadm: Doveadm, states: States, user: str, box: Mailbox, plan: 
 
     Raises :class:`DovecotError`.
     """
+    moving = {
+        folder: {mail for mail in box.here(folder) if mail[0] in uids}
+        for folder, uids in plan.renumber.items()
+    }
+    for folder, uid in plan.used.items():
+        if folder in box.names:
+            came = await _pass_over(doveadm, user, box, folder, uid)
+            moving.setdefault(folder, set()).update(came)
     doubles, renumbered = states.doubles(user), states.renumbered(user)
     for folder, mails in plan.doubles.items():
         doubles.setdefault(folder, set()).update(box.here(folder) & set(mails))
-    for folder, uids in plan.renumber.items():
-        moved = {mail for mail in box.here(folder) if mail[0] in uids}
+    for folder, moved in moving.items():
         renumbered.setdefault(folder, set()).update(moved)
     states.note(user, doubles, renumbered)
     for what, listing in (("taken away by the user", plan.expunge), ("twice", plan.doubles)):
@@ -302,8 +450,26 @@ async def mend(doveadm: Doveadm, states: States, user: str, box: Mailbox, plan: 
                 name, which = box.names[folder], uid_set(uid for uid, _ in gone)
                 await doveadm.rows(user, 1, "expunge", "mailbox-guid", folder, "uid", which)
                 notify.log(notify.INFO, f"{user}: {what}, in {name}: UIDs {which}")
-    for folder, uids in plan.renumber.items():
-        name, which = box.names[folder], uid_set(uids)
-        await doveadm.rows(user, 1, "move", "--", name, "mailbox-guid", folder, "uid", which)
-        notify.log(notify.INFO, f"{user}: left out by a broken run, in {name}: UIDs {which}")
-    return sum(map(len, plan.renumber.values()))
+    for folder, moved in moving.items():
+        if moved:
+            name, which = box.names[folder], uid_set(uid for uid, _ in moved)
+            await doveadm.rows(user, 1, "move", "--", name, "mailbox-guid", folder, "uid", which)
+            notify.log(notify.INFO, f"{user}: left out by a broken run, in {name}: UIDs {which}")
+    return sum(map(len, moving.values()))
+
+
+async def _pass_over(
+    doveadm: Doveadm, user: str, box: Mailbox, folder: str, used: int
+) -> set[Mail]:
+    """Let mails of a folder get UIDs above ``used``; returns those that just got one below it.
+
+    Raises :class:`DovecotError`.
+    """
+    last = max((life.uid for life in box.histories.get(folder, ())), default=0)
+    if last >= used:
+        return set()
+    which = ("-N", str(used + 1), "--", box.names[folder])
+    await doveadm.rows(user, 1, "mailbox update", *which)
+    query = ("mailbox-guid", folder, "uid", f"{last + 1}:{used}")
+    rows = await doveadm.rows(user, 2, "fetch", "uid guid", *query)
+    return {(int(uid), guid) for uid, guid in rows}

@@ -29,12 +29,17 @@ _LARGE = 1 << 20
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. ``seconds`` it took, ``bytes`` it moved, ``words`` say what went wrong."""
+    """How a run ended. ``seconds`` it took, ``bytes`` it moved, ``words`` say what went wrong.
+
+    ``after_broken``: mails were compared before it, for a run had broken off. Dovecot may have
+    repaired the mailbox only since.
+    """
 
     outcome: Outcome
     seconds: float
     bytes: int
     words: str
+    after_broken: bool = False
 
 
 class _Slot:
@@ -137,6 +142,8 @@ class Runner:
         self._changes = changes
         self._large: set[str] = set()
         """Users whose last full run moved much, and no other has succeeded since."""
+        self._compared: set[str] = set()
+        """Users with a run that compared mails, for one had broken off."""
         self.renumbered = 0
         self._bytes = 0
         self._traffics: list[Traffic] = []
@@ -172,7 +179,9 @@ class Runner:
             self._slots.append(slot)
             self._traffics.remove(traffic)
             self._bytes += traffic.size
-        return Result(outcome, time.monotonic() - began, traffic.size, words)
+        after_broken = job.user in self._compared
+        self._compared.discard(job.user)
+        return Result(outcome, time.monotonic() - began, traffic.size, words, after_broken)
 
     async def _run(self, job: Job, slot: _Slot, traffic: Traffic) -> tuple[Outcome, str]:
         if not await self._begin(job.user):
@@ -193,15 +202,21 @@ class Runner:
                 self._turns.granted(job.user)
                 await self._delete_scripts(job.user, {**deleted, **grant.deleted})
                 await self._renames.carry_out(job.user, told, grant.told, grant.standing)
+                # What was taken away just now, the other server took away as well.
+                mine = self._renames.known(job.user)
                 if grant.repair is not None:
                     await self._repair(job.user, grant, broken=broken or grant.broken)
+                    if broken or grant.broken:
+                        self._compared.add(job.user)
                     state, seconds = "", sync.silence_full
                 if self._rests(job.user):
                     return Outcome.BUSY, ""
-                await self._renames.attest(job.user, grant.told, grant.standing)
+                if not await self._renames.attest(job.user, mine, grant.told, grant.standing):
+                    return Outcome.BUSY, ""
                 traffic.count(0)
                 self._suspects.add(job.user)
                 began = time.time()
+                self._renames.began(job.user)
                 self._burials.open(job.user, began)
                 carrier = _Carrier(slot, grant, traffic, seconds)
                 reply = await carrier.sync(self._doveadm, job.user, state)
@@ -214,7 +229,8 @@ class Runner:
                 outcome, words = self._judge(job, reply, deleted, state, traffic)
                 if outcome is Outcome.OK:
                     given = self._states.of(job.user).sync
-                    self._renames.done(job.user, told)
+                    if not grant.standing.is_unsure:
+                        self._renames.done(job.user, told)
                 return outcome, words
             finally:
                 well = job.user not in self._suspects

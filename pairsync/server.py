@@ -239,12 +239,14 @@ class Server:
             if not first:
                 return False
             try:
-                await self._renames.attest(user, theirs)
+                if not await self._renames.attest(user, mine, theirs):
+                    return False
             except DovecotError:
                 # Without it dsync does not begin here.
                 return False
             well = False
             began = time.time()
+            self._renames.began(user)
             self._burials.open(user, began)
             traffic.count(len(first))
             local.write(first)
@@ -265,9 +267,11 @@ class Server:
         except TimeoutError:
             return False
         finally:
-            if well and state and not standing.is_unsure:
+            if well and state:
+                self._renames.tried(user, standing)
                 # Without a state, something changed meanwhile: the peer has not done with it.
-                self._renames.done(user, mine)
+                if not standing.is_unsure:
+                    self._renames.done(user, mine)
             self._guests.left(user, well=well, state=state, again=standing.is_unsure)
             if local is not None and traffic.size:
                 local.transport.abort()

@@ -2,7 +2,8 @@
 
 dsync answers success for it. Seen with Dovecot 2.4.1: flags set on both servers on mails that were
 just carried, 16 of some hundred mails different for good. A full run afterwards finds it, so such
-users get one when they have rested, or when they do not come to rest.
+users get one when they have rested, or when they do not come to rest. So do users one of whose runs
+had broken off: Dovecot may repair a mailbox only while the next one is on (pairsync.repair).
 
 Nothing here reads a clock: callers hand in the time (seconds, monotonic).
 """
@@ -33,7 +34,10 @@ class Unsettled:
         self._guests[user] = now
 
     def ran(self, user: str, now: float, *, full: bool, changed: bool) -> None:
-        """A run of ours has ended, and not failed; ``changed``: it saw changes meanwhile."""
+        """A run of ours has ended, and not failed.
+
+        ``changed``: it saw changes meanwhile, or one before it had broken off.
+        """
         if changed or (not full and self._guests.get(user, now - _TOGETHER) > now - _TOGETHER):
             self._since.setdefault(user, now)
             self._last[user] = now

@@ -84,8 +84,8 @@ class Standing:
     :param carried: folder (its GUID) that was deleted there -> mails (their GUIDs) that dsync
         brought from there, saved in the second of the deletion; others of that second are not
         known there
-    :param is_unsure: whether a folder that was deleted here stays, and may go when this server
-        knows what the other one has in it
+    :param is_unsure: whether such a folder may go in a run of this server, which then knows what
+        the other one has in it; until then both remember what they told
     """
 
     stay: list[str] = field(default_factory=list)
@@ -94,7 +94,7 @@ class Standing:
 
     def document(self) -> dict[str, Any]:
         """For the peer."""
-        return {"stay": self.stay, "carried": self.carried}
+        return {"stay": self.stay, "carried": self.carried, "unsure": self.is_unsure}
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Standing:
@@ -103,7 +103,8 @@ class Standing:
             str(folder): list(map(str, mails))
             for folder, mails in document.get("carried", {}).items()
         }
-        return cls(list(map(str, document.get("stay", ()))), carried)
+        stay = list(map(str, document.get("stay", ())))
+        return cls(stay, carried, bool(document.get("unsure")))
 
 
 def read(files: Iterable[Path]) -> list[Change]:

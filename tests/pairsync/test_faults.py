@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -14,6 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from pairsync.doveadm import Doveadm
+from pairsync.history import Life
+from pairsync.repair import Mailbox, Plan, mend
+from pairsync.state import States
 from tests.pairsync.pair import SECRET, VMAIL, Pair, Server, wait_for
 
 HEALED = 15.0
@@ -413,3 +418,32 @@ def test_one_user_can_be_synchronised_by_hand(pair: Pair, user: str) -> None:
     assert pair.a.run("pairsync", "sync", user).startswith(f"{user}: ok, ")
     assert_all_there(pair, {user: [f"{user}-0"]}, 1)
     assert "nothing is wrong" in pair.a.run("pairsync", "check")
+
+
+def test_a_mail_that_was_left_out_gets_a_uid_that_the_other_server_never_gave(
+    pair: Pair, user: str, tmp_path: Path
+) -> None:
+    """Nor does one that comes meanwhile. Under such a UID, dsync takes two mails for one."""
+    for tag in ("one", "two"):
+        pair.a.deliver(user, tag)
+    pair.wait_equal([user], 5)
+    for server in pair.both:
+        server.kill_pairsync()
+    try:
+        doveadm, states = Doveadm(pair.a.path("/run/dovecot/pairsync")), States(tmp_path)
+        (folder,) = asyncio.run(doveadm.folders(user))
+        mails = [(int(m[0]), m[1]) for m in pair.a.contents(user)["folders"]["INBOX"]]
+        lives = [Life(uid, guid, is_there=True) for uid, guid in mails]
+        box = Mailbox({folder: lives}, {folder: "INBOX"})
+        pair.a.deliver(user, "meanwhile")
+        used = mails[-1][0] + 30
+        plan = Plan({}, {folder: [mails[0][0]]}, used={folder: used})
+        assert asyncio.run(mend(doveadm, states, user, box, plan)) == 2
+        assert states.renumbered(user)[folder] > {mails[0]}
+        found = {m[3].strip("<>"): int(m[0]) for m in pair.a.contents(user)["folders"]["INBOX"]}
+        assert found["two@x"] == mails[1][0]
+        assert min(found["one@x"], found["meanwhile@x"]) > used
+    finally:
+        for server in pair.both:
+            server.start_pairsync()
+    assert_all_there(pair, {user: ["one", "two", "meanwhile"]})

@@ -11,6 +11,7 @@ PAIRSYNC_EVIDENCE names a folder for the mailboxes and logs of both servers when
 
 from __future__ import annotations
 
+import calendar
 import os
 import random
 import shutil
@@ -19,8 +20,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from imaplib import IMAP4
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +35,14 @@ OPERATIONS = int(os.environ.get("PAIRSYNC_OPERATIONS", "120"))
 HEALED = 15.0
 _CYCLE, _BEGIN, _HEAL = 6, 1, 4
 """In steps."""
+_REST = 1.0
+"""Nobody moves a mail twice within so many seconds, where plugs are pulled and runs break off."""
+_UNTOLD = 3.0
+"""Within so many seconds a change is carried, also where something was broken a moment ago."""
 _USERS = 4
+
+Reply = tuple[str, list[Any]]
+"""As imaplib gives it."""
 
 
 @dataclass
@@ -65,6 +75,8 @@ class Mails:
         self.deleted: set[str] = set()
         self.unsure: set[str] = set()
         """Whose client got no answer when it sent or deleted them."""
+        self.half_moved: set[str] = set()
+        """The same when it moved them: such a mail may be in both folders."""
 
     @property
     def kept(self) -> set[str]:
@@ -82,7 +94,8 @@ class Client:
         self._journal = journal
         self._count = 0
         self._scripts: list[str] = []
-        self._found = self._doing = ""
+        self._found = self._doing = self._moving = ""
+        self._moved: dict[str, float] = {}
         self.may_wait = False
 
     @property
@@ -97,7 +110,7 @@ class Client:
             *(self.expunge, self.create, self.rename, self.delete, self.subscribe),
             *(self.put_script, self.delete_script),
         ]
-        self._doing = ""
+        self._doing = self._moving = ""
         self._chance.choice(steps)()
 
     def step_or_log_in_again(self) -> None:
@@ -111,6 +124,8 @@ class Client:
             if isinstance(error, TimeoutError) and not self.may_wait:
                 raise
             self._journal.note(self.own, f"no answer: {error}", self._doing)
+            if self._moving:
+                self._all.half_moved.add(self._moving)
             if self._doing:
                 self._all.unsure.add(self._doing)
                 for tags in self._all.owned.values():
@@ -152,18 +167,36 @@ class Client:
         rows = [row.decode().split()[-1] for row in imap.list()[1] if isinstance(row, bytes)]
         return sorted(name for name in rows if name.startswith(self.own))
 
+    def _unless_gone(self, imap: IMAP4, folder: str, command: Callable[[], Reply]) -> str:
+        """Do it until it is done or the folder is gone: one that is just being renamed is not
+        there for a moment.
+        """
+        said = ""
+
+        def is_done() -> bool:
+            nonlocal said
+            said = command()[0]
+            return said == "OK" or folder not in self._folders(imap)
+
+        wait_for(f"{folder} can be used or is gone", is_done)
+        return said
+
     def move(self) -> None:
         with self.server.imap(self.user) as imap:
             folders = ["INBOX", *self._folders(imap)]
-            if self.mails:
-                tag = self._chance.choice(self.mails)
+            # Who moves a mail and is faster than dsync, which just gave it another UID, has it
+            # twice if he moves that copy as well.
+            began, rest = time.monotonic(), _REST if self.may_wait else 0.0
+            rested = [tag for tag in self.mails if self._moved.get(tag, 0.0) < began - rest]
+            if rested:
+                tag = self._chance.choice(rested)
                 folder = self._chance.choice(folders)
                 number = self._find(imap, tag)
                 if number and folder != self._found:
-                    said = imap.xatom("MOVE", number, folder)[0]
+                    self._moving, self._moved[tag] = tag, began
+                    move = partial(imap.xatom, "MOVE", number, folder)
+                    said = self._unless_gone(imap, folder, move)
                     self._journal.note(self.own, f"moved to {folder}: {said}", tag)
-                    if said != "OK":
-                        assert folder not in self._folders(imap), folder
 
     def expunge(self) -> None:
         """Wherever it is: one that was moved while dsync gave it another UID is there twice until
@@ -196,10 +229,8 @@ class Client:
             if folders:
                 old = self._chance.choice(folders)
                 new = self._name("renamed")
-                said = imap.rename(old, new)[0]
+                said = self._unless_gone(imap, old, partial(imap.rename, old, new))
                 self._journal.note(self.own, f"{self.user}: {old} renamed to {new}: {said}")
-                if said != "OK":
-                    assert old not in self._folders(imap), old
 
     def delete(self) -> None:
         """An empty folder, so that no mail goes with it."""
@@ -207,10 +238,8 @@ class Client:
             for folder in self._folders(imap):
                 if imap.select(folder)[1] == [b"0"]:
                     imap.close()
-                    said = imap.delete(folder)[0]
+                    said = self._unless_gone(imap, folder, partial(imap.delete, folder))
                     self._journal.note(self.own, f"{self.user}: {folder} deleted: {said}")
-                    if said != "OK":
-                        assert folder not in self._folders(imap), folder
                     return
 
     def subscribe(self) -> None:
@@ -286,6 +315,48 @@ def places(server: Server, user: str) -> dict[str, list[str]]:
     return found
 
 
+def repairs(server: Server, user: str) -> list[float]:
+    """When Dovecot repaired a user's storage, in whole seconds."""
+    log = server.path("/var/log/dovecot.log").read_text(errors="replace")
+    lines = [x for x in log.splitlines() if f"({user})" in x and "rebuilding indexes" in x]
+    year = time.gmtime().tm_year
+    return [
+        float(calendar.timegm(time.strptime(f"{year} {line[:15]}", "%Y %b %d %H:%M:%S")))
+        for line in lines
+    ]
+
+
+def forgotten(pair: Pair, user: str, journal: Journal) -> set[str]:
+    """Mails that a client moved or deleted right before the plug of its server was pulled.
+
+    Where Dovecot repairs the storage then, it begins its logs anew: neither server knows of this
+    any more, if no run has told the other one.
+    """
+    found = set()
+    for server in pair.both:
+        repaired = repairs(server, user)
+        mine = [row for row in journal.rows if row[1] == server.name[0]]
+        pulled = [at for at, _, what, _ in mine if what == "plug pulled"]
+        for at, _, what, tag in mine:
+            if what.startswith(("moved", "expunged")) and any(
+                at < plug < at + _UNTOLD and any(plug < when + 1 for when in repaired)
+                for plug in pulled
+            ):
+                found.add(tag)
+    return found
+
+
+def restored(pair: Pair, user: str, journal: Journal) -> set[str]:
+    """Mails that were deleted before Dovecot repaired the storages of both servers.
+
+    It puts back what it finds in a storage and in no folder, such as one whose saving broke off
+    before it came again. That it was deleted, the log of either server would tell; both are gone.
+    """
+    lasts = [max(repairs(server, user), default=0.0) + 1 for server in pair.both]
+    rows = journal.rows
+    return {tag for at, _, what, tag in rows if what.startswith("expunged") and at < min(lasts)}
+
+
 @contextmanager
 def kept(pair: Pair, users: Iterable[str]) -> Iterator[None]:
     """Keep what tells why, if it is wanted, when something is wrong."""
@@ -333,9 +404,7 @@ def test_both_hold_the_same_when_it_is_over(pair: Pair, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_both_hold_the_same_when_plugs_were_pulled(pair: Pair, seed: int) -> None:
-    """But what was moved or deleted on a server right before its plug was pulled may be there
-    again: it repairs its mailbox, and Dovecot begins the logs anew then.
-    """
+    """But for :func:`forgotten` moves and deletions, and for :func:`restored` mails."""
     work(pair, seed, plugs=True)
 
 
@@ -376,11 +445,13 @@ def work(pair: Pair, seed: int, *, plugs: bool) -> None:
             placed = places(pair.a, user)
             lost = sorted(sent.kept - set(placed))
             assert not lost, f"lost\n{evidence(pair, user, lost, journal)}"
+            excused = forgotten(pair, user, journal)
+            twice = {t for t, where in placed.items() if len(where) > 1 + (t in sent.half_moved)}
             surplus = {
-                "twice": sorted(tag for tag, where in placed.items() if len(where) > 1),
-                "deleted, and there again": sorted(set(placed) - sent.kept - sent.unsure),
+                "twice": sorted(twice - excused),
+                "deleted, and there again": sorted(
+                    set(placed) - sent.kept - sent.unsure - excused - restored(pair, user, journal)
+                ),
             }
             for what, tags in surplus.items():
-                if tags:
-                    told = f"{what}\n{evidence(pair, user, tags, journal)}"
-                    (pytest.xfail if plugs else pytest.fail)(told)
+                assert not tags, f"{what}\n{evidence(pair, user, tags, journal)}"

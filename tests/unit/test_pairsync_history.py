@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +12,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pairsync.history import Life, appends, from_there, linked, read, spared, surplus, unwanted
+from pairsync.history import (
+    Life,
+    appends,
+    from_there,
+    linked,
+    read,
+    repaired,
+    spared,
+    surplus,
+    unwanted,
+)
 from pairsync.repair import Mailbox, Plan, all_of, listed, plans
-from tests.index_logs import DSYNC, EXPUNGE, append, done, log, record, wish
+from tests.index_logs import (
+    BEGAN,
+    DATA,
+    DONE,
+    DSYNC,
+    EXPUNGE,
+    INTRO,
+    append,
+    boundary,
+    done,
+    log,
+    record,
+    saved,
+    wish,
+)
+from tests.index_logs import appends as appended
 
 G, H = "0a" * 16, "0b" * 16
 
@@ -198,6 +224,90 @@ def test_a_mail_of_which_a_double_was_deleted_stays() -> None:
     assert 119 in gone(mine, spared(later, {(116, G)}))
 
 
+def test_what_was_there_when_dovecot_repaired_a_folder_is_unclear() -> None:
+    records = (appended([(3, G), (7, H), (9, G)]), boundary(), append(10, H))
+    whole = log(*records, number=3)
+    assert repaired([whole]) == ({3, 7, 9}, set())
+    # A new folder, and one that goes on.
+    for other in (log(*records), log(*records, number=3, before=2), log(number=3), b""):
+        assert repaired([other]) == (set(), set())
+
+
+def put_back(uid: int, guid: str, at: int = BEGAN) -> bytes:
+    return boundary() + append(uid, guid) + saved(uid, at)
+
+
+def test_what_dovecot_put_back_when_it_repaired_a_storage_is_known() -> None:
+    first = boundary() + appended([(3, G), (7, H)])
+    again = [put_back(8, H), put_back(9, G)]
+    assert repaired([log(first, *again, number=3)]) == ({3, 7}, {8, 9})
+    # There was nothing before.
+    assert repaired([log(boundary(), *again, number=3)]) == (set(), {8, 9})
+    # Somebody saved it later, or copied it with what is known of it.
+    assert repaired([log(first, put_back(8, H, BEGAN + 1), again[1], number=3)])[1] == set()
+    copied = again[0] + record(INTRO | DONE, struct.pack("<IIIHHHH", 3, 0, 0, 4, 4, 1, 0))
+    copied += record(DATA | DONE, struct.pack("<II", 8, 44))
+    assert repaired([log(first, copied, number=3)])[1] == set()
+    assert repaired([log(first, boundary() + append(8, H), number=3)])[1] == set()
+
+
+def test_what_dovecot_put_back_goes_if_the_mail_is_in_another_folder() -> None:
+    """Seen: a user moved a mail; the other server lost its power while it carried this."""
+    mine = Mailbox({"i": [Life(4, G, taken=True)], "x": [there(1, G)]})
+    theirs = Mailbox({"i": [there(9, G)]}, restored={"i": {9}})
+    told = Mailbox.of(over_the_link(theirs.document()))
+    for plan in (*plans(mine, theirs), *plans(mine, told)):
+        assert plan.doubles == {"i": [(9, G)]}
+    # It may be the only one, on its way back from another folder.
+    for moved in (Life(1, G, taken=True), Life(1, G, is_there=True, taken=True)):
+        mine = Mailbox({"i": [Life(4, G, taken=True)], "x": [moved]})
+        assert plans(mine, theirs)[0].doubles == {}
+        assert (9, G) not in plans(mine, theirs)[0].expunge["i"]
+
+
+def test_what_dovecot_put_back_goes_if_the_user_had_deleted_it_there() -> None:
+    """Seen: its saving had broken off on one server once, so its storage had it twice."""
+    mine = Mailbox({"i": [Life(4, G, taken=True)], "x": [there(1, H)]})
+    theirs = Mailbox({"i": [there(9, G), there(10, H)]}, restored={"i": {9, 10}})
+    plan, _ = plans(mine, theirs)
+    assert set(plan.expunge["i"]) >= {(9, G)}
+    assert plan.doubles == {"i": [(10, H)]}
+    # Nobody deleted it.
+    assert plans(box(), theirs)[1] == Plan({}, {})
+
+
+def test_of_a_mail_that_both_servers_put_back_in_different_folders_one_stays() -> None:
+    mine = Mailbox({"i": [there(9, G)], "x": []}, restored={"i": {9}})
+    theirs = Mailbox({"i": [], "x": [there(3, G)]}, restored={"x": {3}})
+    assert plans(mine, theirs) == (Plan({}, {}), Plan({}, {}))
+
+
+def test_what_is_unclear_may_be_a_double() -> None:
+    """Seen: a run that broke off left a mail twice, and then Dovecot repaired its folder."""
+    lives = [there(4, G), there(9, G)]
+    known = Mailbox({"i": lives}, unclear={"i": {4, 9}})
+    told = Mailbox.of(over_the_link(known.only({"i": {G}}).document()))
+    assert told.unclear == known.unclear
+    plan, _ = plans(told, box(), broken=True)
+    assert plan.doubles == {"i": [(4, G)]}
+    # One of them may be the user's copy; both are.
+    assert plans(Mailbox({"i": lives}, unclear={"i": {4}}), box(), broken=True)[0].doubles
+    assert plans(Mailbox({"i": lives}), box(), broken=True)[0].doubles == {}
+
+
+def test_a_mail_that_a_repair_left_twice_is_found_when_both_have_it_so_too() -> None:
+    """Seen: Dovecot repaired the folder while dsync was at work, which made 9 of 4 then."""
+    lives = [Life(4, G), there(7, G), Life(9, G, by_dsync=True, before=(4,), is_there=True)]
+    mine = Mailbox({"i": [*lives, there(8, H)]}, unclear={"i": {4, 7, 8}})
+    theirs = box(Life(7, G, by_dsync=True, is_there=True), lives[2], there(8, H))
+    after = {"i": 9}
+    assert mine.moot(after) == {"i": {G}}
+    for plan in plans(mine.only({"i": {G}}), theirs.only({"i": {G}}), after):
+        assert plan.doubles == {"i": [(7, G)]}
+    # A user copied it.
+    assert plans(box(*lives), theirs, after)[0].doubles == {}
+
+
 def test_what_a_user_copied_into_the_same_folder_is_no_double() -> None:
     here = read([log(append(4, G), append(9, G))], [(4, G), (9, G)])
     there = read([log(append(4, G, DSYNC), append(9, G, DSYNC))], [(4, G), (9, G)])
@@ -273,6 +383,21 @@ def test_a_mail_that_is_there_under_an_older_uid_is_not_left_out() -> None:
     assert plans(mine, theirs) == (Plan({}, {}), Plan({}, {}))
 
 
+def test_a_mail_gets_no_uid_under_which_the_other_server_no_longer_has_it() -> None:
+    """Seen: moved away and back here, 4 became 9 there by a run that broke off; 9 was deleted there
+    for it, and 8 got 9 here. dsync took the two for one mail, and deleted it.
+    """
+    known = Life(8, G, by_dsync=True, before=(7,), is_there=True)
+    mine = box(Life(4, G, taken=True), Life(7, G), known)
+    theirs = box(Life(4, G), Life(9, G, by_dsync=True, before=(4,), is_there=True), there(3, H))
+    one, other = plans(mine, theirs)
+    assert (9, G) in one.expunge["i"]
+    assert one.used == {"i": 9}
+    assert other.used == {}
+    # Of a mail that is not here any more, nobody can make another.
+    assert plans(box(Life(4, G, taken=True)), theirs)[0].used == {}
+
+
 def over_the_link(document: object) -> Any:
     return json.loads(json.dumps(document))
 
@@ -315,7 +440,7 @@ def test_what_the_other_server_has_sent_is_told_from_what_dsync_made_here() -> N
         *(append(3, G, DSYNC), append(4, H, DSYNC), wish(1, DSYNC), wish(2, DSYNC)),
         *(done(1, G, DSYNC), done(2, H, DSYNC)),
     )
-    assert appends([known]) == {1: True, 2: False, 3: True, 4: True}
+    assert appends([known]) == {1, 2, 3, 4}
     assert from_there(read([known], [(3, G), (4, H)])) == {1, 3}
 
 
