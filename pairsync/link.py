@@ -21,7 +21,7 @@ line. Each proves that it knows the shared secret, without showing it, before it
     server: {"histories": {folder: [[uid, guid, ...]]}} of those
     client: {"expunge": {folder: [[uid, guid]]}, "renumber": {folder: [uid]},
              "doubles": {folder: [[uid, guid]]}, "used": {folder: uid}} (pairsync.repair.Plan)
-    server: {"go": true}
+    server: {"go": true}, or {"busy": true}: something changed meanwhile
     both:   the bytes of dsync in frames (pairsync.relay), until both have ended
     client: {"well": whether the run ended well, "state": dsync's after it}, then the next "run"
     server: {"error": ...} in place of any of its lines

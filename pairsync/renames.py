@@ -271,6 +271,13 @@ class Renames:
         if (given or gone) and (folder := await self._logs_of(user)):
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(changelog.attest, folder, given, gone)
+        return self.told_all(known, mine)
+
+    @staticmethod
+    def told_all(known: Told, mine: Told) -> bool:
+        """Whether the other server knows, by ``mine``, of each folder that was deleted here: it may
+        have mails in it that nobody deleted.
+        """
         return known.gone.keys() <= mine.gone.keys()
 
     async def _logs_of(self, user: str) -> Path | None:

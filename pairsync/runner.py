@@ -287,7 +287,9 @@ class Runner:
         )
         await send(grant.link.writer, for_peer.document())
         self.renumbered += await repair.mend(self._doveadm, self._states, user, mine, plan)
-        await receive(grant.link.reader, _REPAIR_SECONDS)
+        said = await receive(grant.link.reader, _REPAIR_SECONDS)
+        if said.get("busy"):
+            raise PeerBusy
 
     async def _begin(self, user: str) -> bool:
         with contextlib.suppress(TimeoutError):

@@ -230,6 +230,13 @@ class Server:
                 common = self._guests.common(user)
                 await send(writer, {"repair": common, "broken": broken, **told})
                 await self._repair(reader, writer, user)
+                # It takes a while. The peer has not been told of what was deleted since.
+                if self._guests.rests(user) or not self._renames.told_all(
+                    await self._renames.learn(user), mine
+                ):
+                    await send(writer, {"busy": True})
+                    return True
+                await send(writer, {"go": True})
                 # A full run follows, whatever was asked for.
                 seconds = max(seconds, self._config.sync.silence_full + _SLACK_SECONDS)
             else:
@@ -305,7 +312,6 @@ class Server:
         await send(writer, found.document())
         plan = Plan.of(await receive(reader, _REPAIR_SECONDS))
         await mend(self._doveadm, self._states, user, box, plan)
-        await send(writer, {"go": True})
 
     async def _admit(self, user: str) -> bool:
         with contextlib.suppress(TimeoutError):

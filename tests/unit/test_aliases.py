@@ -225,7 +225,7 @@ OWN = st.dictionaries(st.sampled_from(LOCALS), st.lists(TARGETS, min_size=1, max
 PROBES = [f"{p}@{n}" for p in (*LOCALS, "d", "a+y", "b+x", "d+x") for n in (*NAMES, ALIAS)]
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(one=TABLES, two=TABLES, own=OWN)
 def test_what_the_rules_let_pass_postfix_can_deliver(
     one: Addresses, two: Addresses, own: Addresses
@@ -252,7 +252,7 @@ def test_what_the_rules_let_pass_postfix_can_deliver(
             assert ends == expand(table, f"{local}@{NAMES[0]}")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(one=TABLES, two=TABLES)
 def test_every_circle_of_addresses_is_found(one: Addresses, two: Addresses) -> None:
     platform = platform_of(domain(NAMES[0], one), domain(NAMES[1], two))
