@@ -88,8 +88,8 @@ def appends(logs: Sequence[bytes]) -> set[int]:
 
 def repaired(logs: Sequence[bytes]) -> tuple[set[int], set[int]]:
     """What tells of Dovecot's last repairs of a folder, where it begins the log anew: UIDs of mails
-    that were there, put there by nobody knows whom; and of mails that Dovecot put back, for it
-    found them in the storage and in no folder (mdbox-storage-rebuild.c).
+    that were there, put there by nobody knows whom; and of mails that Dovecot put back and are
+    still there, for it found them in the storage and in no folder (mdbox-storage-rebuild.c).
     """
     unclear: set[int] = set()
     restored: set[int] = set()
@@ -108,7 +108,14 @@ def repaired(logs: Sequence[bytes]) -> tuple[set[int], set[int]]:
             if not uids:
                 break
             restored |= uids
-    return unclear, restored
+    gone = {
+        uid
+        for log in logs
+        for kind, body in _records(log)
+        if kind & _TYPE == _EXPUNGE
+        for uid, _ in _whole(_WITH_GUID, body)
+    }
+    return unclear, restored - gone
 
 
 def _transactions(log: bytes) -> Iterator[list[tuple[int, bytes]]]:

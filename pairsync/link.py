@@ -20,8 +20,9 @@ line. Each proves that it knows the shared secret, without showing it, before it
     client: {"moot": {folder: [guid]}}, with its own
     server: {"histories": {folder: [[uid, guid, ...]]}} of those
     client: {"expunge": {folder: [[uid, guid]]}, "renumber": {folder: [uid]},
-             "doubles": {folder: [[uid, guid]]}, "used": {folder: uid}} (pairsync.repair.Plan)
-    server: {"go": true}, or {"busy": true}: something changed meanwhile
+             "doubles": {folder: [[uid, guid]]}, "used": {folder: uid}} (pairsync.repair.Plan),
+             and "told" once more
+    server: {"go": true, "told": once more}
     both:   the bytes of dsync in frames (pairsync.relay), until both have ended
     client: {"well": whether the run ended well, "state": dsync's after it}, then the next "run"
     server: {"error": ...} in place of any of its lines

@@ -211,6 +211,7 @@ class Renames:
                 stands.stay.append(name)
             else:
                 self._took_away(user, guid)
+                stands.taken.append(guid)
                 notify.log(
                     notify.INFO, f"{user}: {name} is taken away: a user renamed or deleted it"
                 )
@@ -249,14 +250,15 @@ class Renames:
                 await asyncio.to_thread(changelog.backdate, folder, given)
 
     async def attest(
-        self, user: str, mine: Told, theirs: Told, there: Standing | None = None
+        self, user: str, told: Collection[str], theirs: Told, there: Standing | None = None
     ) -> bool:
         """See that dsync, which is about to begin, finds what was renamed here until now, and in
         the folders that it is to delete no mail that only this server has.
 
-        Arguments as for :meth:`carry_out`. Returns whether it may begin: not where a folder was
-        deleted since the other server was told of ``mine``, which may have such mails in it.
-        Raises :class:`DovecotError`.
+        ``told``: folders (their GUIDs) of which the other server knows that they are gone; others
+        as for :meth:`carry_out`. Returns whether dsync may begin: not where another was deleted
+        since, for the other server may have mails in it that nobody deleted. Raises
+        :class:`DovecotError`.
         """
         known = await self.learn(user)
         given = dict(known.renamed.values())
@@ -271,14 +273,7 @@ class Renames:
         if (given or gone) and (folder := await self._logs_of(user)):
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(changelog.attest, folder, given, gone)
-        return self.told_all(known, mine)
-
-    @staticmethod
-    def told_all(known: Told, mine: Told) -> bool:
-        """Whether the other server knows, by ``mine``, of each folder that was deleted here: it may
-        have mails in it that nobody deleted.
-        """
-        return known.gone.keys() <= mine.gone.keys()
+        return all(guid in told for guid in known.gone)
 
     async def _logs_of(self, user: str) -> Path | None:
         """The folder with Dovecot's log of the user's folders; None where there is none yet."""

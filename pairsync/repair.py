@@ -114,25 +114,31 @@ class Mailbox:
         return {(life.uid, life.guid) for life in lives if life.is_there}
 
     def moot(self, after: Mapping[str, int]) -> Guids:
-        """Mails that may be left out or unwanted: newer than a UID, or taken away, or doubtful.
+        """Mails that may be left out or unwanted: newer than a UID, taken away, or more than once
+        in a folder of which nobody knows how they came there. And what Dovecot put back.
 
         Of all others, both servers have had the same since the last good run.
         """
+        again = {
+            life.guid
+            for folder, uids in self.restored.items()
+            for life in self.histories.get(folder, ())
+            if life.uid in uids
+        }
         return {
             folder: {life.guid for life in lives if life.taken or life.uid > after.get(folder, 0)}
-            | self.doubtful(folder)
+            | self._several(folder)
+            | {life.guid for life in lives if life.guid in again}
             for folder, lives in self.histories.items()
         }
 
-    def doubtful(self, folder: str) -> set[str]:
-        """Mails that are in a folder more than once, and of one of them nobody knows how it came:
-        Dovecot may have repaired the folder while dsync gave it another UID.
-        """
+    def _several(self, folder: str) -> set[str]:
+        """Mails that are in a folder more than once, where Dovecot repaired it."""
         unclear = self.unclear.get(folder, ())
         if not unclear:
             return set()
-        there = Counter(life.guid for life in self.histories[folder] if life.is_there)
         lives = self.histories[folder]
+        there = Counter(life.guid for life in lives if life.is_there)
         return {life.guid for life in lives if life.uid in unclear and there[life.guid] > 1}
 
     def only(self, guids: Guids) -> Mailbox:
@@ -185,11 +191,11 @@ class Mailbox:
         )
         return cls(histories, {}, unclear, restored)
 
-    def as_if_dsyncs(self, folder: str) -> History:
-        """A folder's history in which dsync put there what no user did for sure."""
+    def by_users(self, folder: str) -> set[str]:
+        """Mails of which some user put one into a folder, for sure."""
         uids = {*self.unclear.get(folder, ()), *self.restored.get(folder, ())}
         lives = self.histories.get(folder, ())
-        return [life._replace(by_dsync=True) if life.uid in uids else life for life in lives]
+        return {life.guid for life in lives if not life.by_dsync and life.uid not in uids}
 
 
 def all_of(*several: Mapping[str, Iterable[str]]) -> dict[str, set[str]]:
@@ -213,9 +219,9 @@ class Plan:
     :param expunge: folder (its GUID) -> mails to delete; most of them are not there any more
     :param renumber: folder (its GUID) -> UIDs of mails to give new ones
     :param doubles: folder (its GUID) -> mails to delete that are there under another UID as well
-    :param used: folder (its GUID) -> highest UID under which the other server had one of the mails
-        that are here, and has it no more: to dsync, one that gets that UID here is the same, so it
-        would delete it
+    :param used: folder (its GUID) -> highest UID that dsync gave on the other server to one of the
+        mails that are here, which is not there any more: to dsync, one that gets that UID here is
+        the same, so it would delete it
     """
 
     expunge: Listing
@@ -257,22 +263,15 @@ def plans(
     """
     boxes = (mine, theirs)
     folders = {*mine.histories, *theirs.histories}
-    gone: dict[str, set[Mail]] = {}
-    doubles: dict[str, set[Mail]] = {}
+    gone = {
+        folder: history.unwanted([box.histories.get(folder, ()) for box in boxes])
+        for folder in folders
+    }
+    doubles = _needless(boxes, gone, after)
     for folder in folders:
-        gone[folder] = history.unwanted([box.histories.get(folder, ()) for box in boxes])
-        lives = [box.as_if_dsyncs(folder) for box in boxes]
-        left = [[life for life in h if life[:2] not in gone[folder]] for h in lives]
-        doubles[folder] = history.surplus(left, after.get(folder, 0)) if broken else set()
-        doubtful = set().union(*(box.doubtful(folder) for box in boxes if folder in box.histories))
-        if doubtful:
-            some = [[life for life in h if life.guid in doubtful] for h in left]
-            doubles[folder] |= history.surplus(some, 0)
-    unwanted = {folder: gone[folder] | doubles[folder] for folder in folders}
-    for found, more in zip((gone, doubles), _put_back(boxes, unwanted), strict=True):
-        for folder, mails in more.items():
-            found[folder] |= mails
-            unwanted[folder] |= mails
+        unwanted = gone[folder] | doubles[folder]
+        doubles[folder] |= _surplus(boxes, folder, unwanted, after.get(folder, 0), broken=broken)
+    unwanted_of = {folder: gone[folder] | doubles[folder] for folder in folders}
     both: Common = {}
     newer: tuple[dict[str, list[Mail]], ...] = ({}, {})
     kept: tuple[dict[str, set[str]], ...] = ({}, {})
@@ -281,7 +280,7 @@ def plans(
         one, other = ({(life.uid, life.guid) for life in lives} for lives in histories)
         both[folder] = max((uid for uid, _ in one & other), default=0)
         for latest_of, guids, box in zip(newer, kept, boxes, strict=True):
-            places = box.here(folder) - unwanted[folder]
+            places = box.here(folder) - unwanted_of[folder]
             guids[folder] = {guid for _, guid in places}
             latest_of[folder] = [mail for mail in places if mail[0] > after.get(folder, 0)]
     listed = [
@@ -293,54 +292,85 @@ def plans(
             listed[0],
             holes(newer[0], newer[1], both, kept[1]),
             listed[1],
-            _used(mine, theirs, unwanted, after),
+            _used(mine, theirs, unwanted_of, after),
         ),
         Plan(
             listed[0],
             holes(newer[1], newer[0], both, kept[0]),
             listed[1],
-            _used(theirs, mine, unwanted, after),
+            _used(theirs, mine, unwanted_of, after),
         ),
     )
 
 
-def _put_back(
-    boxes: Sequence[Mailbox], unwanted: Mapping[str, Set[Mail]]
-) -> tuple[dict[str, set[Mail]], dict[str, set[Mail]]]:
-    """What Dovecot put back into folders and nobody misses: mails that users deleted there, and
-    were nowhere else; and mails that are in another folder as well.
+def _needless(
+    boxes: Sequence[Mailbox], gone: Mapping[str, Set[Mail]], after: Mapping[str, int]
+) -> dict[str, set[Mail]]:
+    """Folder -> what Dovecot put back there since the last good run, of mails that are in another
+    folder as well, where dsync takes them for no deleted ones.
     """
-    restored = {folder for box in boxes for folder, uids in box.restored.items() if uids}
-    known: dict[str, set[str]] = {}
-    there: dict[str, set[str]] = {}
-    taken: set[tuple[str, str]] = set()
-    for box in boxes if restored else ():
-        for folder, lives in box.histories.items():
-            for life in lives:
-                known.setdefault(life.guid, set()).add(folder)
-                again = life.uid in box.restored.get(folder, ())
-                if life.is_there and not again and life[:2] not in unwanted[folder]:
-                    there.setdefault(life.guid, set()).add(folder)
-                if life.taken:
-                    taken.add((folder, life.guid))
-    deleted: dict[str, set[Mail]] = {}
-    several: dict[str, set[Mail]] = {}
-    for box in boxes:
-        for folder in restored & set(box.histories):
-            for uid, guid in box.here(folder) - unwanted[folder]:
-                if uid not in box.restored.get(folder, ()):
-                    continue
-                if there.get(guid, set()) - {folder}:
-                    several.setdefault(folder, set()).add((uid, guid))
-                elif known[guid] == {folder} and (folder, guid) in taken:
-                    deleted.setdefault(folder, set()).add((uid, guid))
-    return deleted, several
+    safe: dict[str, set[str]] = {}
+    for folder in gone:
+        known = [box.here(folder) - gone[folder] for box in boxes]
+        for box, here in zip(boxes, known, strict=True):
+            both = known[0] & known[1]
+            again = box.restored.get(folder, ())
+            for mail in here:
+                if mail[0] not in again and (mail in both or mail[0] > after.get(folder, 0)):
+                    safe.setdefault(mail[1], set()).add(folder)
+    return {
+        folder: {
+            (uid, guid)
+            for box in boxes
+            for uid, guid in box.here(folder) - gone[folder]
+            if uid in box.restored.get(folder, ())
+            and uid > after.get(folder, 0)
+            and safe.get(guid, set()) - {folder}
+        }
+        for folder in gone
+    }
+
+
+def _surplus(
+    boxes: Sequence[Mailbox], folder: str, unwanted: Set[Mail], newest: int, *, broken: bool
+) -> set[Mail]:
+    """What is in a folder more than once, but for one of it; nothing that a user may have copied.
+
+    ``newest`` is up to where both had the same, ``broken``: a run broke off since.
+    """
+    by_users = set().union(*(box.by_users(folder) for box in boxes))
+    left = [
+        [
+            life if life.guid in by_users else life._replace(by_dsync=True)
+            for life in box.histories.get(folder, ())
+            if life[:2] not in unwanted
+        ]
+        for box in boxes
+    ]
+    found = history.surplus(left, newest) if broken else set()
+    done = {guid for _, guid in found}
+    known = [box.here(folder) - unwanted for box in boxes]
+    there = Counter(guid for _, guid in known[0] | known[1])
+    unclear = {
+        life.guid
+        for box in boxes
+        for life in box.histories.get(folder, ())
+        if life.uid in box.unclear.get(folder, ())
+    }
+    for guid in unclear - by_users - done:
+        # Both have had it, so dsync takes it for no deleted one.
+        kept = max((uid for uid, g in known[0] & known[1] if g == guid), default=None)
+        if there[guid] > 1 and kept is not None:
+            found |= {mail for mail in known[0] | known[1] if mail[1] == guid and mail[0] != kept}
+    return found
 
 
 def _used(
     here: Mailbox, there: Mailbox, unwanted: Mapping[str, Set[Mail]], after: Mapping[str, int]
 ) -> Common:
-    """As :class:`Plan` has it."""
+    """As :class:`Plan` has it; of those that dsync had made there. Others are far above mostly, and
+    whatever is below gets a new UID then.
+    """
     has = {life.guid for lives in here.histories.values() for life in lives if life.is_there}
     found = {}
     for folder, lives in there.histories.items():
@@ -348,7 +378,8 @@ def _used(
         over = [
             life.uid
             for life in lives
-            if life.uid > max(last, after.get(folder, 0))
+            if life.by_dsync
+            and life.uid > max(last, after.get(folder, 0))
             and life.guid in has
             and (not life.is_there or (life.uid, life.guid) in unwanted[folder])
         ]

@@ -20,6 +20,7 @@ from pairsync.renames import Renames
 from pairsync.schedule import Job, Outcome, Turns
 from pairsync.sieve import ScriptError, Scripts
 from pairsync.state import States
+from pairsync.told import Told
 
 _TURN_SECONDS = 2.0
 _REPAIR_SECONDS = 60.0
@@ -201,17 +202,20 @@ class Runner:
             try:
                 self._turns.granted(job.user)
                 await self._delete_scripts(job.user, {**deleted, **grant.deleted})
-                await self._renames.carry_out(job.user, told, grant.told, grant.standing)
-                # What was taken away just now, the other server took away as well.
-                mine = self._renames.known(job.user)
+                stands = await self._renames.carry_out(job.user, told, grant.told, grant.standing)
+                theirs = grant.told
                 if grant.repair is not None:
-                    await self._repair(job.user, grant, broken=broken or grant.broken)
+                    told, theirs = await self._repair(
+                        job.user, grant, broken=broken or grant.broken
+                    )
                     if broken or grant.broken:
                         self._compared.add(job.user)
                     state, seconds = "", sync.silence_full
                 if self._rests(job.user):
                     return Outcome.BUSY, ""
-                if not await self._renames.attest(job.user, mine, grant.told, grant.standing):
+                # What was taken away just now, the other server has taken away as well.
+                gone = {*told.gone, *stands.taken}
+                if not await self._renames.attest(job.user, gone, theirs, grant.standing):
                     return Outcome.BUSY, ""
                 traffic.count(0)
                 self._suspects.add(job.user)
@@ -221,7 +225,7 @@ class Runner:
                 carrier = _Carrier(slot, grant, traffic, seconds)
                 reply = await carrier.sync(self._doveadm, job.user, state)
                 with contextlib.suppress(DovecotError):
-                    await self._renames.ended(job.user, told, grant.told)
+                    await self._renames.ended(job.user, told, theirs)
                 if reply is None:
                     seconds = patience(seconds, traffic.size)
                     return Outcome.STALLED, f"nothing moved for {seconds:.0f} s"
@@ -273,7 +277,8 @@ class Runner:
         self._states.save(job.user, sync=bool(deleted))
         return Outcome.OK, ""
 
-    async def _repair(self, user: str, grant: Grant, *, broken: bool) -> None:
+    async def _repair(self, user: str, grant: Grant, *, broken: bool) -> tuple[Told, Told]:
+        """Returns what both servers have told by now: it takes a while."""
         after = repair.latest(repair.common(self._states.of(user).sync), grant.repair or {})
         await send(grant.link.writer, {"after": after})
         mine = await repair.look(self._doveadm, self._states, user)
@@ -285,11 +290,11 @@ class Runner:
         plan, for_peer = await asyncio.to_thread(
             lambda: repair.plans(mine.only(moot), repair.Mailbox.of(said), after, broken=broken)
         )
-        await send(grant.link.writer, for_peer.document())
+        told = await self._renames.learn(user)
+        await send(grant.link.writer, {**for_peer.document(), "told": told.document()})
         self.renumbered += await repair.mend(self._doveadm, self._states, user, mine, plan)
         said = await receive(grant.link.reader, _REPAIR_SECONDS)
-        if said.get("busy"):
-            raise PeerBusy
+        return told, Told.of(said["told"]) if "told" in said else grant.told
 
     async def _begin(self, user: str) -> bool:
         with contextlib.suppress(TimeoutError):

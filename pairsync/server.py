@@ -229,14 +229,10 @@ class Server:
             if broken or request.get("suspect"):
                 common = self._guests.common(user)
                 await send(writer, {"repair": common, "broken": broken, **told})
-                await self._repair(reader, writer, user)
-                # It takes a while. The peer has not been told of what was deleted since.
-                if self._guests.rests(user) or not self._renames.told_all(
-                    await self._renames.learn(user), mine
-                ):
-                    await send(writer, {"busy": True})
-                    return True
-                await send(writer, {"go": True})
+                # It takes a while, and both tell what happened meanwhile.
+                theirs = await self._repair(reader, writer, user) or theirs
+                mine = await self._renames.learn(user)
+                await send(writer, {"go": True, "told": mine.document()})
                 # A full run follows, whatever was asked for.
                 seconds = max(seconds, self._config.sync.silence_full + _SLACK_SECONDS)
             else:
@@ -246,7 +242,7 @@ class Server:
             if not first:
                 return False
             try:
-                if not await self._renames.attest(user, mine, theirs):
+                if not await self._renames.attest(user, mine.gone, theirs):
                     return False
             except DovecotError:
                 # Without it dsync does not begin here.
@@ -303,15 +299,17 @@ class Server:
                 task.cancel()
             await asyncio.gather(carrying, waiting, return_exceptions=True)
 
-    async def _repair(self, reader: Reader, writer: Writer, user: str) -> None:
+    async def _repair(self, reader: Reader, writer: Writer, user: str) -> Told:
+        """Returns what the peer has told by then; nothing if it is of an earlier release."""
         after = dict((await receive(reader, _REPAIR_SECONDS))["after"])
         box = await look(self._doveadm, self._states, user)
         await send(writer, {"moot": await asyncio.to_thread(lambda: listed(box.moot(after)))})
         moot = (await receive(reader, _REPAIR_SECONDS))["moot"]
         found = await asyncio.to_thread(lambda: box.only(all_of(moot)))
         await send(writer, found.document())
-        plan = Plan.of(await receive(reader, _REPAIR_SECONDS))
-        await mend(self._doveadm, self._states, user, box, plan)
+        said = await receive(reader, _REPAIR_SECONDS)
+        await mend(self._doveadm, self._states, user, box, Plan.of(said))
+        return Told.of(said.get("told"))
 
     async def _admit(self, user: str) -> bool:
         with contextlib.suppress(TimeoutError):

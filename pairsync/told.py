@@ -86,11 +86,13 @@ class Standing:
         known there
     :param is_unsure: whether such a folder may go in a run of this server, which then knows what
         the other one has in it; until then both remember what they told
+    :param taken: folders (their GUIDs) that were taken away here just now; not for the peer
     """
 
     stay: list[str] = field(default_factory=list)
     carried: dict[str, list[str]] = field(default_factory=dict)
     is_unsure: bool = False
+    taken: list[str] = field(default_factory=list)
 
     def document(self) -> dict[str, Any]:
         """For the peer."""

@@ -265,15 +265,23 @@ def test_what_dovecot_put_back_goes_if_the_mail_is_in_another_folder() -> None:
         assert (9, G) not in plans(mine, theirs)[0].expunge["i"]
 
 
-def test_what_dovecot_put_back_goes_if_the_user_had_deleted_it_there() -> None:
-    """Seen: its saving had broken off on one server once, so its storage had it twice."""
-    mine = Mailbox({"i": [Life(4, G, taken=True)], "x": [there(1, H)]})
-    theirs = Mailbox({"i": [there(9, G), there(10, H)]}, restored={"i": {9, 10}})
-    plan, _ = plans(mine, theirs)
-    assert set(plan.expunge["i"]) >= {(9, G)}
-    assert plan.doubles == {"i": [(10, H)]}
-    # Nobody deleted it.
-    assert plans(box(), theirs)[1] == Plan({}, {})
+def test_what_dovecot_put_back_stays_where_the_mail_may_be_nowhere_else() -> None:
+    theirs = Mailbox({"i": [there(9, G)]}, restored={"i": {9}})
+    # Of the other folder, dsync may take it for deleted: one server has had it there, and has not.
+    mine = Mailbox({"i": [Life(4, G, taken=True)], "x": [there(1, G)]})
+    assert plans(mine, theirs, {"x": 1})[0].doubles == {}
+    both = Mailbox({**theirs.histories, "x": [there(1, G)]}, restored=theirs.restored)
+    assert plans(mine, both, {"x": 1})[0].doubles == {"i": [(9, G)]}
+    # A good run has carried it, and the user copied it.
+    assert plans(mine, both, {"x": 1, "i": 9})[0].doubles == {}
+    # Only one folder tells of it.
+    mine = Mailbox({"i": [Life(4, G, taken=True)], "x": []})
+    assert plans(mine, theirs) == (Plan({"i": [(4, G)]}, {}), Plan({"i": [(4, G)]}, {}))
+    # What tells of it in another folder is asked for.
+    mine = Mailbox({"i": [], "x": [there(1, G), there(2, H)]})
+    assert all_of(theirs.moot({"i": 9}), mine.moot({"x": 2})) == {"i": {G}, "x": set()}
+    whole = Mailbox({**theirs.histories, "x": [there(1, G)]}, restored=theirs.restored)
+    assert whole.moot({"i": 9, "x": 2}) == {"i": {G}, "x": {G}}
 
 
 def test_of_a_mail_that_both_servers_put_back_in_different_folders_one_stays() -> None:
@@ -290,9 +298,21 @@ def test_what_is_unclear_may_be_a_double() -> None:
     assert told.unclear == known.unclear
     plan, _ = plans(told, box(), broken=True)
     assert plan.doubles == {"i": [(4, G)]}
-    # One of them may be the user's copy; both are.
-    assert plans(Mailbox({"i": lives}, unclear={"i": {4}}), box(), broken=True)[0].doubles
-    assert plans(Mailbox({"i": lives}), box(), broken=True)[0].doubles == {}
+    # One of them is the user's copy.
+    for uids in ({4}, {9}, set()):
+        some = Mailbox({"i": lives}, unclear={"i": uids})
+        assert plans(some, box(), broken=True)[0].doubles == {}
+    assert plans(told, box(there(4, G)), broken=True)[0].doubles == {}
+
+
+def test_of_a_mail_that_a_repair_left_twice_that_one_stays_which_both_have() -> None:
+    """Of the other, the user may have deleted it on the one that has it no more."""
+    mine = Mailbox({"i": [there(7, G), there(10, H)]}, unclear={"i": {7, 10}})
+    theirs = Mailbox({"i": [there(7, G), there(9, G), there(10, H)]}, unclear={"i": {7, 9, 10}})
+    for plan in plans(mine, theirs, {"i": 10}):
+        assert plan.doubles == {"i": [(9, G)]}
+    theirs = Mailbox({"i": [there(8, G), there(9, G)]}, unclear={"i": {8, 9}})
+    assert plans(mine, theirs, {"i": 10})[0].doubles == {}
 
 
 def test_a_mail_that_a_repair_left_twice_is_found_when_both_have_it_so_too() -> None:
@@ -396,6 +416,9 @@ def test_a_mail_gets_no_uid_under_which_the_other_server_no_longer_has_it() -> N
     assert other.used == {}
     # Of a mail that is not here any more, nobody can make another.
     assert plans(box(Life(4, G, taken=True)), theirs)[0].used == {}
+    # A user moved it there, after many others, which keep their UIDs.
+    many = box(Life(4, G), Life(5000, G, taken=True), there(4999, H))
+    assert plans(mine, many)[0].used == {}
 
 
 def over_the_link(document: object) -> Any:

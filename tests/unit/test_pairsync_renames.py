@@ -380,7 +380,7 @@ def test_what_is_in_no_list_for_a_moment_is_not_added_to_what_dsync_finds(tmp_pa
     renames = made(tmp_path, dovecot)
     asyncio.run(renames._names("jane/x"))
     renames.note(hook(tmp_path, "a", "", 20.5))
-    asyncio.run(renames.attest("jane/x", NOTHING, NOTHING))
+    asyncio.run(renames.attest("jane/x", (), NOTHING))
     assert log.read_bytes() == before
 
 
@@ -513,13 +513,13 @@ def test_who_does_not_know_what_both_had_moves_only_what_the_log_tells_of(tmp_pa
     moved = ("move", "--", "INBOX", "mailbox", "a", "mailbox-guid", GUID, "uid", "2")
     assert dovecot.did == [moved]
     # Nor is it looked into again until something comes or dsync was there.
-    asyncio.run(renames.attest("jane", NOTHING, theirs))
+    asyncio.run(renames.attest("jane", (), theirs))
     assert dovecot.did == [moved]
     stays = Standing(stay=["a"])
     asyncio.run(renames.ended("jane", NOTHING, theirs))
-    asyncio.run(renames.attest("jane", NOTHING, theirs, stays))
+    asyncio.run(renames.attest("jane", (), theirs, stays))
     assert dovecot.did == [moved]
-    asyncio.run(renames.attest("jane", NOTHING, theirs))
+    asyncio.run(renames.attest("jane", (), theirs))
     assert dovecot.did == [moved, moved]
 
 
@@ -531,7 +531,7 @@ def test_dsync_finds_renames_and_deletions_that_dovecot_did_not_keep(tmp_path: P
     renames = made(tmp_path, dovecot)
     told = Told(renamed={"G": ("b", 7.5)}, gone={GUID: 5.0, OTHER: 6.0})
     renames._states.of("jane/x").told = told.document()
-    asyncio.run(renames.attest("jane/x", NOTHING, NOTHING))
+    asyncio.run(renames.attest("jane/x", (), NOTHING))
     name = hashlib.sha1(b"b").digest()[:16]
     added = bytes([3, 0, 0, 0]) + name + struct.pack(">I", 7)
     added += bytes([1, 0, 0, 0]) + bytes.fromhex(OTHER) + struct.pack(">I", 6)
@@ -595,7 +595,7 @@ def test_a_mail_whose_move_failed_is_moved_right_before_dsync_begins(tmp_path: P
     # In the target's list is the same mail, but by then it is still in the other one as well.
     dovecot.mails, dovecot.lists[0]["G"] = [("3", mail)], "c"
     del dovecot.did[:]
-    asyncio.run(renames.attest("jane", told, NOTHING, Standing()))
+    asyncio.run(renames.attest("jane", (), NOTHING, Standing()))
     assert dovecot.did == [("move", "--", "c", "mailbox", "a", "mailbox-guid", OTHER, "uid", "3")]
 
 
@@ -625,8 +625,8 @@ def test_dsync_does_not_begin_where_a_folder_was_deleted_since_the_other_server_
     renames = made(tmp_path, Dovecot({"I": "INBOX"}))
     told = Told(gone={GUID: 5.0})
     renames._states.of("jane").told = told.document()
-    assert asyncio.run(renames.attest("jane", told, NOTHING))
-    assert not asyncio.run(renames.attest("jane", NOTHING, NOTHING))
+    assert asyncio.run(renames.attest("jane", told.gone, NOTHING))
+    assert not asyncio.run(renames.attest("jane", (), NOTHING))
 
 
 def test_what_came_under_an_earlier_name_is_moved_before_the_other_server_deletes_that(
@@ -640,17 +640,17 @@ def test_what_came_under_an_earlier_name_is_moved_before_the_other_server_delete
     (tmp_path / "a" / history.LOGS[-1]).write_bytes(known)
     told = Told({"G": ("b", 2.0)}, {"a": ("G", 2.0)})
     renames = made(tmp_path, dovecot)
-    asyncio.run(renames.attest("jane", NOTHING, told))
+    asyncio.run(renames.attest("jane", (), told))
     assert dovecot.did == []
     asyncio.run(renames.carry_out("jane", NOTHING, told))
     del dovecot.did[:]
     # Meanwhile a user has renamed it, and 9 has come.
     dovecot.lists[0][OTHER] = "c"
     (tmp_path / "a").rename(tmp_path / "c")
-    asyncio.run(renames.attest("jane", NOTHING, told))
+    asyncio.run(renames.attest("jane", (), told))
     assert dovecot.did == [("move", "--", "b", "mailbox", "c", "mailbox-guid", OTHER, "uid", "9")]
     asyncio.run(renames.ended("jane", NOTHING, told))
-    asyncio.run(renames.attest("jane", NOTHING, told))
+    asyncio.run(renames.attest("jane", (), told))
     assert len(dovecot.did) == 1
 
 
