@@ -360,14 +360,14 @@ def forgotten(pair: Pair, user: str, journal: Journal) -> set[str]:
 
 
 def restored(pair: Pair, user: str, journal: Journal) -> set[str]:
-    """Mails that were deleted before Dovecot repaired the storages of both servers.
+    """Mails that were deleted before Dovecot repaired the storage of a server.
 
     It puts back what it finds in a storage and in no folder, such as one whose saving broke off
-    before it came again. That it was deleted, the log of either server would tell; both are gone.
+    before it came again (mdbox-storage-rebuild.c). It may be the only one, so it is kept.
     """
-    lasts = [max(repairs(server, user), default=0.0) + 1 for server in pair.both]
+    last = max((at for server in pair.both for at in repairs(server, user)), default=0.0) + 1
     rows = journal.rows
-    return {tag for at, _, what, tag in rows if what.startswith("expunged") and at < min(lasts)}
+    return {tag for at, _, what, tag in rows if what.startswith("expunged") and at < last}
 
 
 @contextmanager
