@@ -310,6 +310,8 @@ def _needless(
     folder as well, where dsync takes them for no deleted ones.
     """
     safe: dict[str, set[str]] = {}
+    if not any(uids for box in boxes for uids in box.restored.values()):
+        return {folder: set() for folder in gone}
     for folder in gone:
         known = [box.here(folder) - gone[folder] for box in boxes]
         for box, here in zip(boxes, known, strict=True):
@@ -338,6 +340,8 @@ def _surplus(
 
     ``newest`` is up to where both had the same, ``broken``: a run broke off since.
     """
+    if not broken and not any(box.unclear.get(folder) for box in boxes):
+        return set()
     by_users = set().union(*(box.by_users(folder) for box in boxes))
     left = [
         [
