@@ -203,18 +203,17 @@ class Runner:
                 self._turns.granted(job.user)
                 await self._delete_scripts(job.user, {**deleted, **grant.deleted})
                 stands = await self._renames.carry_out(job.user, told, grant.told, grant.standing)
-                theirs = grant.told
+                gone, theirs = {*told.gone, *stands.taken}, grant.told
                 if grant.repair is not None:
-                    told, theirs = await self._repair(
+                    more, theirs = await self._repair(
                         job.user, grant, broken=broken or grant.broken
                     )
+                    gone |= more
                     if broken or grant.broken:
                         self._compared.add(job.user)
                     state, seconds = "", sync.silence_full
                 if self._rests(job.user):
                     return Outcome.BUSY, ""
-                # What was taken away just now, the other server has taken away as well.
-                gone = {*told.gone, *stands.taken}
                 if not await self._renames.attest(job.user, gone, theirs, grant.standing):
                     return Outcome.BUSY, ""
                 traffic.count(0)
@@ -225,7 +224,7 @@ class Runner:
                 carrier = _Carrier(slot, grant, traffic, seconds)
                 reply = await carrier.sync(self._doveadm, job.user, state)
                 with contextlib.suppress(DovecotError):
-                    await self._renames.ended(job.user, told, theirs)
+                    await self._renames.ended(job.user, told, grant.told)
                 if reply is None:
                     seconds = patience(seconds, traffic.size)
                     return Outcome.STALLED, f"nothing moved for {seconds:.0f} s"
@@ -277,8 +276,12 @@ class Runner:
         self._states.save(job.user, sync=bool(deleted))
         return Outcome.OK, ""
 
-    async def _repair(self, user: str, grant: Grant, *, broken: bool) -> tuple[Told, Told]:
-        """Returns what both servers have told by now: it takes a while."""
+    async def _repair(self, user: str, grant: Grant, *, broken: bool) -> tuple[set[str], Told]:
+        """It takes a while. Returns the folders (their GUIDs) of which the other server knows by
+        then that they are gone here, and what that one has told by then.
+
+        Of these, it has carried out nothing: the next run tells them again.
+        """
         after = repair.latest(repair.common(self._states.of(user).sync), grant.repair or {})
         await send(grant.link.writer, {"after": after})
         mine = await repair.look(self._doveadm, self._states, user)
@@ -294,7 +297,7 @@ class Runner:
         await send(grant.link.writer, {**for_peer.document(), "told": told.document()})
         self.renumbered += await repair.mend(self._doveadm, self._states, user, mine, plan)
         said = await receive(grant.link.reader, _REPAIR_SECONDS)
-        return told, Told.of(said["told"]) if "told" in said else grant.told
+        return set(told.gone), Told.of(said["told"]) if "told" in said else grant.told
 
     async def _begin(self, user: str) -> bool:
         with contextlib.suppress(TimeoutError):

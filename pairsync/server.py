@@ -215,13 +215,14 @@ class Server:
         state = ""
         mine, standing = NOTHING, Standing()
         try:
-            gone = await self._deletions(user, deleted)
+            scripts = await self._deletions(user, deleted)
             mine = await self._renames.learn(user)
             theirs = Told.of(request.get("told"))
             standing = await self._renames.carry_out(user, mine, theirs)
             # With what was taken away just now.
             mine = self._renames.known(user)
-            told = {"deleted": dict(gone), "told": mine.document(), **standing.document()}
+            told = {"deleted": dict(scripts), "told": mine.document(), **standing.document()}
+            later, gone = theirs, set(mine.gone)
             local_reader, local = await self._doveadm.connect()
             if self._guests.rests(user):
                 await send(writer, {"busy": True})
@@ -229,10 +230,11 @@ class Server:
             if broken or request.get("suspect"):
                 common = self._guests.common(user)
                 await send(writer, {"repair": common, "broken": broken, **told})
-                # It takes a while, and both tell what happened meanwhile.
-                theirs = await self._repair(reader, writer, user) or theirs
-                mine = await self._renames.learn(user)
-                await send(writer, {"go": True, "told": mine.document()})
+                # It takes a while, and both tell what happened meanwhile: the next run carries it.
+                later = await self._repair(reader, writer, user) or theirs
+                known = await self._renames.learn(user)
+                gone |= set(known.gone)
+                await send(writer, {"go": True, "told": known.document()})
                 # A full run follows, whatever was asked for.
                 seconds = max(seconds, self._config.sync.silence_full + _SLACK_SECONDS)
             else:
@@ -242,7 +244,7 @@ class Server:
             if not first:
                 return False
             try:
-                if not await self._renames.attest(user, mine.gone, theirs):
+                if not await self._renames.attest(user, gone, later):
                     return False
             except DovecotError:
                 # Without it dsync does not begin here.

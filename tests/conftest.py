@@ -10,6 +10,9 @@ settings.load_profile("mail")
 
 
 def pytest_collection_finish() -> None:
-    """What is loaded by now stays: the garbage collector need not look through it again."""
+    """What is loaded by now stays: the garbage collector need not look through it again, and seldom
+    through what tests leave, which is little.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 10, 100)
