@@ -158,19 +158,7 @@ class Renames:
         stands = Standing()
         if not mine and not theirs:
             return stands
-        wanted = latest(mine, theirs)
-        names = await self._names(user)
-        for _ in range(2 * len(wanted)):
-            step = next_rename(names, wanted)
-            if step is None:
-                break
-            reply = await self._run(user, "mailbox rename", "--", *step)
-            if reply.code:
-                notify.log(
-                    notify.WARNING, f"{user}: {' is not renamed to '.join(step)}: {reply.log}"
-                )
-                break
-            names = await self._names(user)
+        names = await self._give_names(user, mine, theirs)
         here = {name: guid for guid, name in names.items()}
         unwanted: list[tuple[str, str, float]] = []
         made = relics(names, mine, theirs)
@@ -219,6 +207,32 @@ class Renames:
         tries = self._tries.get(user, 0)
         stands.is_unsure = there is None and bool(stands.stay) and tries < _TRIES
         return stands
+
+    async def _give_names(self, user: str, mine: Told, theirs: Told) -> dict[str, str]:
+        """Give folders the names that they were given last; returns which have which then.
+
+        One that gets another name from a user meanwhile keeps that.
+        """
+        given = latest(mine, theirs)
+        wanted = {guid: name for guid, (name, _) in given.items()}
+        names = await self._names(user)
+        for guid, (_, at) in given.items():
+            if guid in names and self._just_made(user, names[guid], at):
+                del wanted[guid]
+        for _ in range(2 * len(wanted)):
+            step = next_rename(names, wanted)
+            if step is None:
+                break
+            reply = await self._run(user, "mailbox rename", "--", *step)
+            if reply.code:
+                notify.log(
+                    notify.WARNING, f"{user}: {' is not renamed to '.join(step)}: {reply.log}"
+                )
+                break
+            known = {guid: step[1] if name == step[0] else name for guid, name in names.items()}
+            names = await self._names(user)
+            wanted = {g: name for g, name in wanted.items() if names.get(g) == known.get(g)}
+        return names
 
     def tried(self, user: str, stands: Standing) -> None:
         """A run of the other server, for which :meth:`carry_out` returned that, has ended well."""

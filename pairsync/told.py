@@ -186,12 +186,12 @@ def follow(
     return origins, gone
 
 
-def latest(one: Told, other: Told) -> dict[str, str]:
-    """Folder (its GUID) -> the name that it was given last."""
+def latest(one: Told, other: Told) -> dict[str, Named]:
+    """Folder (its GUID) -> the name that it was given last, and when."""
     found = {}
     for guid in {*one.renamed, *other.renamed}:
         known = [side.renamed[guid] for side in (one, other) if guid in side.renamed]
-        found[guid] = max(known, key=lambda named: (named[1], named[0]))[0]
+        found[guid] = max(known, key=lambda named: (named[1], named[0]))
     return found
 
 

@@ -69,7 +69,7 @@ def test_what_is_in_no_list_is_missing_and_what_was_known_is_kept() -> None:
 
 def test_the_last_name_of_both_servers_counts() -> None:
     one, other = Told({"G": ("b", 1.0), "X": ("y", 1.0)}), Told({"G": ("c", 2.0)})
-    assert latest(one, other) == latest(other, one) == {"G": "c", "X": "y"}
+    assert latest(one, other) == latest(other, one) == {"G": ("c", 2.0), "X": ("y", 1.0)}
 
 
 def test_a_name_that_another_folder_has_is_left_alone() -> None:
@@ -551,6 +551,31 @@ def test_a_folder_with_mails_on_the_other_server_stays_and_one_here_is_told_of(
     assert dovecot.did == []
     asyncio.run(renames.carry_out("jane", told, NOTHING, Standing()))
     assert dovecot.did == [("mailbox delete", "-e", "--", "a")]
+
+
+def test_a_name_that_a_user_gives_while_others_are_carried_out_stays(tmp_path: Path) -> None:
+    """Seen: it was taken back, with a time that was later than the user's, on both servers."""
+
+    class Renamed(Dovecot):
+        async def run(self, user: str, *words: str) -> Reply:
+            reply = await super().run(user, *words)
+            if words[0] == "mailbox rename":
+                self.lists[0]["H"] = "z"
+            return reply
+
+    dovecot = Renamed({"G": "a", "H": "y"})
+    told = Told({"G": ("b", 1.0), "H": ("y", 1.0)})
+    asyncio.run(made(tmp_path, dovecot).carry_out("jane", told, NOTHING))
+    assert dovecot.did == [("mailbox rename", "--", "a", "b")]
+    # The same where he did it right before, as the hook tells.
+    dovecot = Dovecot({"H": "z"})
+    renames = made(tmp_path, dovecot)
+    renames._files["jane"] = {tmp_path / "dirty" / hook(tmp_path, "y", "z", 2.0)}
+    asyncio.run(renames.carry_out("jane", told, NOTHING))
+    assert dovecot.did == []
+    # The other server's name is later than that.
+    asyncio.run(renames.carry_out("jane", told, Told({"H": ("x", 3.0)})))
+    assert dovecot.did == [("mailbox rename", "--", "z", "x")]
 
 
 def test_a_folder_that_stays_whatever_is_done_is_given_up(tmp_path: Path) -> None:
