@@ -192,9 +192,9 @@ class Mailbox:
         return cls(histories, {}, unclear, restored)
 
     def by_users(self, folder: str) -> set[str]:
-        """Mails of which some user put one into a folder, for sure."""
+        """Mails of which one is in a folder that a user may have put there, or did."""
         uids = {*self.unclear.get(folder, ()), *self.restored.get(folder, ())}
-        lives = self.histories.get(folder, ())
+        lives = [life for life in self.histories.get(folder, ()) if life.is_there]
         return {life.guid for life in lives if not life.by_dsync and life.uid not in uids}
 
 
@@ -336,7 +336,8 @@ def _needless(
 def _surplus(
     boxes: Sequence[Mailbox], folder: str, unwanted: Set[Mail], newest: int, *, broken: bool
 ) -> set[Mail]:
-    """What is in a folder more than once, but for one of it; nothing that a user may have copied.
+    """What is in a folder more than once, but for one of it; nothing that a user has copied since
+    Dovecot repaired it, and its log tells all.
 
     ``newest`` is up to where both had the same, ``broken``: a run broke off since.
     """

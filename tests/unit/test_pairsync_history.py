@@ -319,7 +319,8 @@ def test_a_mail_that_a_repair_left_twice_is_found_when_both_have_it_so_too() -> 
     """Seen: Dovecot repaired the folder while dsync was at work, which made 9 of 4 then."""
     lives = [Life(4, G), there(7, G), Life(9, G, by_dsync=True, before=(4,), is_there=True)]
     mine = Mailbox({"i": [*lives, there(8, H)]}, unclear={"i": {4, 7, 8}})
-    theirs = box(Life(7, G, by_dsync=True, is_there=True), lives[2], there(8, H))
+    # It was delivered there.
+    theirs = box(Life(2, G), Life(7, G, by_dsync=True, is_there=True), lives[2], there(8, H))
     after = {"i": 9}
     assert mine.moot(after) == {"i": {G}}
     for plan in plans(mine.only({"i": {G}}), theirs.only({"i": {G}}), after):
