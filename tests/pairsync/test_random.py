@@ -340,10 +340,12 @@ def repairs(server: Server, user: str) -> list[float]:
 
 
 def forgotten(pair: Pair, user: str, journal: Journal) -> set[str]:
-    """Mails that a client moved or deleted right before the plug of its server was pulled.
+    """Mails that a client moved or deleted right before Dovecot repaired the storage, or right
+    after it.
 
-    Where Dovecot repairs the storage then, it begins its logs anew: neither server knows of this
-    any more, if no run has told the other one.
+    It begins its logs anew then. So neither server knows any more of a change that no run has
+    carried yet, nor that two mails in a folder are one of which dsync made the other. Mostly this
+    is after the server lost its power, and sometimes after a doveadm was killed at its work.
     """
     found = set()
     for server in pair.both:
@@ -351,9 +353,12 @@ def forgotten(pair: Pair, user: str, journal: Journal) -> set[str]:
         mine = [row for row in journal.rows if row[1] == server.name[0]]
         pulled = [at for at, _, what, _ in mine if what == "plug pulled"]
         for at, _, what, tag in mine:
-            if what.startswith(("moved", "expunged")) and any(
-                at < plug < at + _UNTOLD and any(plug < when + 1 for when in repaired)
-                for plug in pulled
+            if what.startswith(("moved", "expunged")) and (
+                any(when - _UNTOLD < at < when + _UNTOLD for when in repaired)
+                or any(
+                    at < plug < at + _UNTOLD and any(plug < when + 1 for when in repaired)
+                    for plug in pulled
+                )
             ):
                 found.add(tag)
     return found
