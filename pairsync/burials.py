@@ -3,13 +3,16 @@
 The copy is deleted as soon as dsync has ended. Where a run breaks off, or the daemon does not see
 its end, the next run would do it; but that may have to wait for the peer, and meanwhile the user
 has such a mail twice.
+
+And where it was the other server on which dsync gave another UID to a mail that the user just took
+away here, dsync finds a new mail there afterwards. So the next run compares (pairsync.repair).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 
 from pairsync import history
@@ -20,6 +23,7 @@ from pairsync.state import States
 
 _CLOCK_SECONDS = 1.0
 """By so much a file's time may be behind."""
+_USERS = 1000
 
 
 class Burials:
@@ -29,6 +33,10 @@ class Burials:
         self._doveadm = doveadm
         self._states = states
         self._since: dict[str, float] = {}
+        self._logs: dict[str, dict[Path, tuple[int, int]]] = {}
+        """User -> the logs of his folders -> inode and size when dsync last began."""
+        self.disputed: set[str] = set()
+        """Users whose next run has to compare."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._since))
@@ -38,6 +46,11 @@ class Burials:
 
     def open(self, user: str, since: float) -> None:
         """dsync begins, or began then (seconds since 1970)."""
+        if user not in self._since:
+            for log in self._logs.get(user, ()):
+                with contextlib.suppress(OSError):
+                    now = log.stat()
+                    self._logs[user][log] = (now.st_ino, now.st_size)
         self._since[user] = min(since, self._since.get(user, since))
 
     async def end(self, user: str, began: float, *, changed: bool) -> None:
@@ -46,7 +59,7 @@ class Burials:
         Raises :class:`DovecotError`.
         """
         if changed:
-            self.open(user, began)
+            self._since.setdefault(user, began)
             await self.bury(user)
         else:
             self._since.pop(user, None)
@@ -67,6 +80,8 @@ class Burials:
         paths = {
             folder: await self._doveadm.index(user, name, folder) for folder, name in names.items()
         }
+        if await asyncio.to_thread(self._is_disputed, user, paths.values(), since):
+            self.disputed.add(user)
         found = await asyncio.to_thread(_copies, paths, since, self._states.doubles(user))
         for folder, copies in found.items():
             query = ("mailbox-guid", folder, "uid", uid_set(uid for uid, _ in copies))
@@ -75,6 +90,28 @@ class Burials:
             box = Mailbox({folder: left}, names)
             await mend(self._doveadm, self._states, user, box, Plan({folder: copies}, {}))
 
+    def _is_disputed(self, user: str, paths: Iterable[Path], since: float) -> bool:
+        found = False
+        known = self._logs.get(user, {})
+        for log in _written(paths, since):
+            with contextlib.suppress(OSError):
+                inode, start = known.get(log, (0, 0))
+                is_same = log.stat().st_ino == inode
+                found |= history.disputed(log.read_bytes(), start if is_same else 0)
+        if len(self._logs) >= _USERS:
+            self._logs.clear()
+        self._logs[user] = {path / history.LOGS[-1]: (0, 0) for path in paths}
+        return found
+
+
+def _written(paths: Iterable[Path], since: float) -> Iterator[Path]:
+    """The logs of folders that were written since then."""
+    for path in paths:
+        log = path / history.LOGS[-1]
+        with contextlib.suppress(OSError):
+            if log.stat().st_mtime >= since - _CLOCK_SECONDS:
+                yield log
+
 
 def _copies(
     paths: Mapping[str, Path], since: float, doubles: Mapping[str, Set[Mail]]
@@ -82,11 +119,10 @@ def _copies(
     """Unwanted copies that dsync made in folders whose logs were written since then."""
     found = {}
     for folder, path in paths.items():
-        with contextlib.suppress(OSError):
-            if (path / history.LOGS[-1]).stat().st_mtime >= since - _CLOCK_SECONDS:
-                lives = history.read(history.logs_of(path), (), copied=True)
-                lives = history.spared(lives, doubles.get(folder, set()))
-                copied = {(life.uid, life.guid) for life in lives if life.before}
-                if unwanted := history.unwanted([lives]) & copied:
-                    found[folder] = sorted(unwanted)
+        for _ in _written([path], since):
+            lives = history.read(history.logs_of(path), (), copied=True)
+            lives = history.spared(lives, doubles.get(folder, set()))
+            copied = {(life.uid, life.guid) for life in lives if life.before}
+            if unwanted := history.unwanted([lives]) & copied:
+                found[folder] = sorted(unwanted)
     return found

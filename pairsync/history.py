@@ -267,11 +267,26 @@ def _whole(shape: struct.Struct, body: bytes) -> Iterator[tuple[Any, ...]]:
     return shape.iter_unpack(body[: len(body) // shape.size * shape.size])
 
 
-def _records(log: bytes) -> Iterator[tuple[int, bytes]]:
-    """Type and content of each record that is whole."""
+def disputed(log: bytes, start: int = 0) -> bool:
+    """Whether somebody took mails away while dsync was at work, as a log tells from there on.
+
+    dsync may just have given such a mail another UID on the other server. Then it is a new one to
+    dsync.
+    """
+    seen: set[bool] = set()
+    for kind, _ in _records(log, start):
+        if kind & _TYPE in (_APPEND, _EXPUNGE) and kind & _DSYNC:
+            seen.add(True)
+        elif kind & _TYPE == _EXPUNGE and not kind & _DONE:
+            seen.add(False)
+    return len(seen) == 2
+
+
+def _records(log: bytes, at: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Type and content of each record that is whole, from a place on."""
     if len(log) < _HEADER.size:
         return
-    (at,) = _HEADER.unpack_from(log)
+    at = at or _HEADER.unpack_from(log)[0]
     end = len(log) - _RECORD.size
     while at <= end:
         coded, kind = _RECORD.unpack_from(log, at)

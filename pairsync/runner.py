@@ -194,7 +194,8 @@ class Runner:
             brief = state and job.user not in self._large
             seconds = sync.silence if brief else sync.silence_full
             broken = job.user in self._suspects
-            suspect = broken or job.user in self._settling
+            disputed = job.user in self._burials.disputed
+            suspect = broken or disputed or job.user in self._settling
             told = await self._renames.learn(job.user)
             grant = await self._peer.open_run(job.user, seconds, deleted, told, suspect=suspect)
             carrier: _Carrier | None = None
@@ -218,6 +219,8 @@ class Runner:
                     return Outcome.BUSY, ""
                 traffic.count(0)
                 self._suspects.add(job.user)
+                # What is disputed from now on is for the next run.
+                self._burials.disputed.discard(job.user)
                 began = time.time()
                 self._renames.began(job.user)
                 self._burials.open(job.user, began)
@@ -230,6 +233,8 @@ class Runner:
                     return Outcome.STALLED, f"nothing moved for {seconds:.0f} s"
                 await self._burials.end(job.user, began, changed=self._changes(job.user))
                 outcome, words = self._judge(job, reply, deleted, state, traffic)
+                if disputed and outcome is not Outcome.OK:
+                    self._burials.disputed.add(job.user)
                 if outcome is Outcome.OK:
                     given = self._states.of(job.user).sync
                     if not grant.standing.is_unsure:

@@ -99,3 +99,35 @@ def test_a_run_that_broke_off_is_looked_at_from_its_begin(tmp_path: Path, doveco
     dovecot.is_dead = False
     asyncio.run(found.bury("jane"))
     assert dovecot.did == GONE
+
+
+def test_who_takes_mails_away_while_dsync_is_at_work_needs_a_comparison(
+    tmp_path: Path, dovecot: Dovecot
+) -> None:
+    """Seen: dsync gave it another UID on the other server meanwhile, from where it came back."""
+    found = burials(tmp_path, dovecot)
+    path = dovecot.index_path / history.LOGS[-1]
+
+    def run(*records: bytes, changed: bool = True) -> bool:
+        found.disputed.clear()
+        found.open("jane", BEGAN)
+        with path.open("ab") as stream:
+            stream.write(b"".join(records))
+        asyncio.run(found.end("jane", BEGAN, changed=changed))
+        return "jane" in found.disputed
+
+    # What was before is not known yet.
+    assert run()
+    assert not run()
+    brought, taken = append(9, "0b" * 16, DSYNC), wish(9) + done(9, "0b" * 16)
+    assert not run(brought)
+    assert not run(taken)
+    assert run(brought, taken)
+    assert run(taken, brought)
+    assert not run(brought, taken, changed=False)
+    assert not run()
+    # Dovecot begins the log anew.
+    path.unlink()
+    path.write_bytes(log(brought))
+    assert not run(taken[:0])
+    assert run(brought, taken)
