@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from imaplib import IMAP4
 from pathlib import Path
-from smtplib import SMTPDataError
+from smtplib import SMTPDataError, SMTPServerDisconnected
 from typing import Any
 
 import pytest
@@ -119,7 +119,7 @@ class Client:
         """
         try:
             self.step()
-        except (TimeoutError, IMAP4.abort, SMTPDataError) as error:
+        except (TimeoutError, IMAP4.abort, SMTPDataError, SMTPServerDisconnected) as error:
             if not (isinstance(error, IMAP4.abort) or self.may_wait):
                 raise
             if isinstance(error, SMTPDataError) and error.smtp_code // 100 != 4:
