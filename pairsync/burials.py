@@ -93,24 +93,22 @@ class Burials:
     def _is_disputed(self, user: str, paths: Iterable[Path], since: float) -> bool:
         found = False
         known = self._logs.get(user, {})
-        for log in _written(paths, since):
+        logs = [path / history.LOGS[-1] for path in paths]
+        for log in logs:
             with contextlib.suppress(OSError):
-                inode, start = known.get(log, (0, 0))
-                is_same = log.stat().st_ino == inode
-                found |= history.disputed(log.read_bytes(), start if is_same else 0)
+                if _is_written(log, since):
+                    inode, start = known.get(log, (0, 0))
+                    is_same = log.stat().st_ino == inode
+                    found |= history.disputed(log.read_bytes(), start if is_same else 0)
         if len(self._logs) >= _USERS:
             self._logs.clear()
-        self._logs[user] = {path / history.LOGS[-1]: (0, 0) for path in paths}
+        self._logs[user] = dict.fromkeys(logs, (0, 0))
         return found
 
 
-def _written(paths: Iterable[Path], since: float) -> Iterator[Path]:
-    """The logs of folders that were written since then."""
-    for path in paths:
-        log = path / history.LOGS[-1]
-        with contextlib.suppress(OSError):
-            if log.stat().st_mtime >= since - _CLOCK_SECONDS:
-                yield log
+def _is_written(log: Path, since: float) -> bool:
+    """Whether it was since then. Raises OSError where it is not there."""
+    return log.stat().st_mtime >= since - _CLOCK_SECONDS
 
 
 def _copies(
@@ -119,10 +117,11 @@ def _copies(
     """Unwanted copies that dsync made in folders whose logs were written since then."""
     found = {}
     for folder, path in paths.items():
-        for _ in _written([path], since):
-            lives = history.read(history.logs_of(path), (), copied=True)
-            lives = history.spared(lives, doubles.get(folder, set()))
-            copied = {(life.uid, life.guid) for life in lives if life.before}
-            if unwanted := history.unwanted([lives]) & copied:
-                found[folder] = sorted(unwanted)
+        with contextlib.suppress(OSError):
+            if _is_written(path / history.LOGS[-1], since):
+                lives = history.read(history.logs_of(path), (), copied=True)
+                lives = history.spared(lives, doubles.get(folder, set()))
+                copied = {(life.uid, life.guid) for life in lives if life.before}
+                if unwanted := history.unwanted([lives]) & copied:
+                    found[folder] = sorted(unwanted)
     return found

@@ -108,14 +108,26 @@ def repaired(logs: Sequence[bytes]) -> tuple[set[int], set[int]]:
             if not uids:
                 break
             restored |= uids
-    gone = {
-        uid
-        for log in logs
-        for kind, body in _records(log)
-        if kind & _TYPE == _EXPUNGE
-        for uid, _ in _whole(_WITH_GUID, body)
-    }
-    return unclear, restored - gone
+    if restored:
+        for log in logs:
+            for kind, body in _records(log):
+                if kind & _TYPE == _EXPUNGE:
+                    restored.difference_update(uid for uid, _ in _whole(_WITH_GUID, body))
+    return unclear, restored
+
+
+def disputed(log: bytes, start: int = 0) -> bool:
+    """Whether somebody took mails away while dsync was at work, as a log tells from there on.
+
+    dsync may just have given such a mail another UID on the other server. Then it is a new one to
+    dsync.
+    """
+    is_at_work = is_taken = False
+    for kind, _ in _records(log, start):
+        what = kind & _TYPE
+        is_at_work |= what in (_APPEND, _EXPUNGE) and bool(kind & _DSYNC)
+        is_taken |= what == _EXPUNGE and not kind & (_DSYNC | _DONE)
+    return is_at_work and is_taken
 
 
 def _transactions(log: bytes) -> Iterator[list[tuple[int, bytes]]]:
@@ -138,15 +150,15 @@ def _put_back(transaction: Iterable[tuple[int, bytes]], began: int) -> set[int]:
     saved: set[int] = set()
     size = 0
     for kind, body in transaction:
-        match kind & _TYPE:
-            case t if t == _APPEND:
-                uids.update(uid for uid, _ in _whole(_NEW, body))
-            case t if t == _INTRO and len(body) >= _INTRODUCED.size:
-                size, _ = _INTRODUCED.unpack_from(body)
-            case t if t == _DATA and size == _MDBOX:
-                saved.update(at for _, _, at in _whole(_SAVED, body))
-            case t if t == _DATA and size != _GUIDS[0]:
-                return set()
+        what = kind & _TYPE
+        if what == _APPEND:
+            uids.update(uid for uid, _ in _whole(_NEW, body))
+        elif what == _INTRO and len(body) >= _INTRODUCED.size:
+            size, _ = _INTRODUCED.unpack_from(body)
+        elif what == _DATA and size == _MDBOX:
+            saved.update(at for _, _, at in _whole(_SAVED, body))
+        elif what == _DATA and size != _GUIDS[0]:
+            return set()
     return uids if saved == {began} else set()
 
 
@@ -265,21 +277,6 @@ def linked(history: History, renumbered: Set[Mail]) -> History:
 
 def _whole(shape: struct.Struct, body: bytes) -> Iterator[tuple[Any, ...]]:
     return shape.iter_unpack(body[: len(body) // shape.size * shape.size])
-
-
-def disputed(log: bytes, start: int = 0) -> bool:
-    """Whether somebody took mails away while dsync was at work, as a log tells from there on.
-
-    dsync may just have given such a mail another UID on the other server. Then it is a new one to
-    dsync.
-    """
-    seen: set[bool] = set()
-    for kind, _ in _records(log, start):
-        if kind & _TYPE in (_APPEND, _EXPUNGE) and kind & _DSYNC:
-            seen.add(True)
-        elif kind & _TYPE == _EXPUNGE and not kind & _DONE:
-            seen.add(False)
-    return len(seen) == 2
 
 
 def _records(log: bytes, at: int = 0) -> Iterator[tuple[int, bytes]]:

@@ -125,12 +125,15 @@ class Mailbox:
             for life in self.histories.get(folder, ())
             if life.uid in uids
         }
-        return {
-            folder: {life.guid for life in lives if life.taken or life.uid > after.get(folder, 0)}
-            | self._several(folder)
-            | {life.guid for life in lives if life.guid in again}
-            for folder, lives in self.histories.items()
-        }
+        found = {}
+        for folder, lives in self.histories.items():
+            anyway, newest = again | self._several(folder), after.get(folder, 0)
+            found[folder] = {
+                life.guid
+                for life in lives
+                if life.taken or life.uid > newest or life.guid in anyway
+            }
+        return found
 
     def _several(self, folder: str) -> set[str]:
         """Mails that are in a folder more than once, where Dovecot repaired it."""
@@ -283,24 +286,20 @@ def plans(
             places = box.here(folder) - unwanted_of[folder]
             guids[folder] = {guid for _, guid in places}
             latest_of[folder] = [mail for mail in places if mail[0] > after.get(folder, 0)]
-    listed = [
+    expunged, doubled = (
         {folder: sorted(mails) for folder, mails in some.items() if mails}
         for some in (gone, doubles)
-    ]
-    return (
-        Plan(
-            listed[0],
-            holes(newer[0], newer[1], both, kept[1]),
-            listed[1],
-            _used(mine, theirs, unwanted_of, after),
-        ),
-        Plan(
-            listed[0],
-            holes(newer[1], newer[0], both, kept[0]),
-            listed[1],
-            _used(theirs, mine, unwanted_of, after),
-        ),
     )
+
+    def plan(here: int, there: int) -> Plan:
+        return Plan(
+            expunged,
+            holes(newer[here], newer[there], both, kept[there]),
+            doubled,
+            _used(boxes[here], boxes[there], unwanted_of, after),
+        )
+
+    return plan(0, 1), plan(1, 0)
 
 
 def _needless(
