@@ -84,7 +84,8 @@ class Burials:
             self.disputed.add(user)
         found = await asyncio.to_thread(_copies, paths, since, self._states.doubles(user))
         for folder, copies in found.items():
-            query = ("mailbox-guid", folder, "uid", uid_set(uid for uid, _ in copies))
+            which = uid_set(uid for uid, _ in copies)
+            query = ("mailbox", names[folder], "mailbox-guid", folder, "uid", which)
             rows = await self._doveadm.rows(user, 2, "fetch", "uid guid", *query)
             left = [Life(int(uid), guid, is_there=True) for uid, guid in rows]
             box = Mailbox({folder: left}, names)

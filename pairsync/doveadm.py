@@ -114,9 +114,15 @@ class Doveadm:
 
     async def next_uids(self, user: str, *names: str) -> dict[str, int]:
         """Folder (its GUID) -> UID that the next mail gets; names as for :meth:`folders`."""
+        return {folder: uid for _, uid, folder in await self.statuses(user, *names)}
+
+    async def statuses(self, user: str, *names: str) -> list[tuple[str, int, str]]:
+        """Name of a folder, UID that its next mail gets, and its GUID, which Dovecot looks for in
+        the folder itself; names as for :meth:`folders`.
+        """
         which = ("uidnext guid", "INBOX", *names)
         rows = await self.rows(user, 3, "mailbox status", "--", *which)
-        return {folder: int(uid) for _, uid, folder in rows}
+        return [(name, int(uid), folder) for name, uid, folder in rows]
 
     async def index(self, user: str, name: str, folder: str = "") -> Path:
         """Where the index of a folder is, with its logs. Raises :class:`DovecotError`.

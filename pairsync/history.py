@@ -226,6 +226,11 @@ def read(logs: Sequence[bytes], present: Sequence[Mail], *, copied: bool = False
                 went.update(dict.fromkeys(gone, batch))
             elif not kind & _DONE:
                 taken.update(dict.fromkeys(gone, place))
+    for uid, guid in present:
+        if guids.get(uid, guid) != guid:
+            # It is none of those that the logs tell of.
+            for known in (came, went, taken):
+                known.pop(uid, None)
     guids.update(present)
     olds: dict[tuple[int, str], list[int]] = {}
     for old, number in went.items():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,11 @@ _TRIES = 8
 with them."""
 _LOOKS, _PAUSE = 4, 0.05
 """A folder that is just being renamed is in no list."""
+_APART = 10_000
+"""By so many UIDs a mail that is moved here is above those that the other server may have given in
+its folder since both had the same. There the same mail may just have been taken away under one of
+them, and dsync would take that for a deletion of this one.
+"""
 
 
 class Renames:
@@ -158,6 +164,7 @@ class Renames:
         stands = Standing()
         if not mine and not theirs:
             return stands
+        await self._part(user, mine, theirs)
         names = await self._give_names(user, mine, theirs)
         here = {name: guid for guid, name in names.items()}
         unwanted: list[tuple[str, str, float]] = []
@@ -173,7 +180,8 @@ class Renames:
                 if there is None:
                     # What is there by now is moved by the other server; by both, it would be twice.
                     first = nexts.get(relic, 1)
-                await self._clear(user, (name, relic), target, moves=there is not None)
+                put = await self._clear(user, (name, relic), target, there)
+                stands.put.update({name: put} if put else {})
             unwanted.append((relic, name, at))
             self._unwanted.setdefault(user, {})[relic] = (guid, first)
         # What was deleted on the other server is deleted by dsync.
@@ -207,6 +215,33 @@ class Renames:
         tries = self._tries.get(user, 0)
         stands.is_unsure = there is None and bool(stands.stay) and tries < _TRIES
         return stands
+
+    async def _part(self, user: str, mine: Told, theirs: Told) -> None:
+        """Give what dsync made of an earlier name a GUID of its own.
+
+        Where a folder is renamed under its hands, it makes the old name again with that folder's
+        GUID, and gives it another one only when it begins anew. Until then neither Dovecot nor a
+        log tells which of the two a mail is in.
+        """
+        given = {guid: name for guid, (name, _) in latest(mine, theirs).items()}
+        left = {name for told in (mine, theirs) for name, (guid, _) in told.left.items() if guid}
+        if not left:
+            return
+        asked = sorted({*left, *given.values()})
+        found: dict[str, list[str]] = {}
+        with contextlib.suppress(NoUser):
+            for name, _, guid in await _limited(user, self._doveadm.statuses(user, *asked)):
+                if name != INBOX:
+                    found.setdefault(guid, []).append(name)
+        for guid, names in found.items():
+            if len(names) < 2:
+                continue
+            # dsync leaves it to the last one too.
+            kept = given[guid] if given.get(guid) in names else max(names)
+            for name in sorted({*names} - {kept}):
+                which = ("-g", secrets.token_hex(16), "--", name)
+                await self._rows(user, 1, "mailbox update", *which)
+                notify.log(notify.INFO, f"{user}: {name} is told from {kept} now")
 
     async def _give_names(self, user: str, mine: Told, theirs: Told) -> dict[str, str]:
         """Give folders the names that they were given last; returns which have which then.
@@ -434,6 +469,12 @@ class Renames:
     async def _move(
         self, user: str, name: str, guid: str, target: str, uids: Iterable[int]
     ) -> None:
+        """Move mails of a folder into another one, by its name, under UIDs far above."""
+        statuses = await _limited(user, self._doveadm.statuses(user, target))
+        nexts = [uid for there, uid, _ in statuses if there == target]
+        if nexts:
+            above = ("-N", str(nexts[0] + _APART), "--", target)
+            await self._rows(user, 1, "mailbox update", *above)
         which = (*_mails_of(name, guid), "uid", uid_set(uids))
         await self._rows(user, 1, "move", "--", target, *which)
 
@@ -472,22 +513,37 @@ class Renames:
                 await self._move(user, name, guid, names.get(origin, INBOX), came)
 
     async def _clear(
-        self, user: str, relic: tuple[str, str], target: tuple[str, str], *, moves: bool
-    ) -> None:
+        self,
+        user: str,
+        relic: tuple[str, str],
+        target: tuple[str, str],
+        there: Standing | None,
+    ) -> list[str]:
         """Clear a folder that dsync made of an earlier name of another one; both by name and GUID.
 
-        ``moves``: also of mails that the other one has not.
+        ``there``: as for :meth:`carry_out`; without it, only of mails that dsync has from the other
+        folder. Returns the mails (their GUIDs) that a user put into it here: those that the other
+        folder has as well may just have been taken out of that.
         """
-        folder = _mails_of(*relic)
-        rows = await self._rows(user, 2, "fetch", "uid guid", *folder)
-        there = await self._rows(user, 1, "fetch", "guid", *_mails_of(*target))
-        known = {mail for (mail,) in there}
+        name, guid = relic
+        rows = await self._rows(user, 2, "fetch", "uid guid", *_mails_of(name, guid))
+        logs = await self._read_logs(user, guid, name)
+        unclear, _ = history.repaired(logs)
+        lives = [life for life in history.read(logs, _present(rows)) if life.is_there]
+        put = sorted({life.guid for life in lives if not life.by_dsync and life.uid not in unclear})
+        others = {*put, *(there.put.get(name, ()) if there else ())}
+        mails = await self._rows(user, 1, "fetch", "guid", *_mails_of(*target))
+        known = {mail for (mail,) in mails} - others
         copies = [int(uid) for uid, mail in rows if mail in known]
-        others = [int(uid) for uid, mail in rows if mail not in known]
+        moved = [int(uid) for uid, mail in rows if mail not in known]
         if copies:
-            await self._run(user, "expunge", *folder, "uid", uid_set(copies))
-        if others and moves:
-            await self._run(user, "move", "--", target[0], *folder, "uid", uid_set(others))
+            which = (*_mails_of(name, guid), "uid", uid_set(copies))
+            await self._run(user, "expunge", *which)
+        if moved and there is not None:
+            # What is not moved stays in there, and so does the folder.
+            with contextlib.suppress(DovecotError):
+                await self._move(user, name, guid, target[0], moved)
+        return put
 
     async def _names(self, user: str, *only: str) -> dict[str, str]:
         """Folder (its GUID) -> its name; none of a user who is gone, as the run will tell.

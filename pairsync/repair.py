@@ -423,14 +423,12 @@ async def _look(doveadm: Doveadm, states: States, user: str) -> Mailbox:
     else:
         raise DovecotError(f"{user}: folders were renamed all the time while their logs were read")
     histories = {folder: histories[folder] for folder in names}
-    told = {
-        folder: {(life.uid, life.guid) for life in histories.get(folder, ())}
-        for folder in {*doubles, *renumbered}
-    }
+    # One that is just being renamed may be in no list: what is known of its mails holds.
+    told = {f: {(life.uid, life.guid) for life in lives} for f, lives in histories.items()}
     states.note(
         user,
-        {folder: doubles[folder] & told[folder] for folder in doubles},
-        {folder: renumbered[folder] & told[folder] for folder in renumbered},
+        {folder: mails & told.get(folder, mails) for folder, mails in doubles.items()},
+        {folder: mails & told.get(folder, mails) for folder, mails in renumbered.items()},
     )
     return Mailbox(histories, names, unclear, restored)
 
@@ -482,15 +480,37 @@ async def mend(doveadm: Doveadm, states: States, user: str, box: Mailbox, plan: 
     for what, listing in (("taken away by the user", plan.expunge), ("twice", plan.doubles)):
         for folder, unwanted in listing.items():
             if gone := box.here(folder).intersection(unwanted):
-                name, which = box.names[folder], uid_set(uid for uid, _ in gone)
-                await doveadm.rows(user, 1, "expunge", "mailbox-guid", folder, "uid", which)
+                which = uid_set(uid for uid, _ in gone)
+                name = await _in_folder(doveadm, user, box.names[folder], folder, which, "expunge")
                 notify.log(notify.INFO, f"{user}: {what}, in {name}: UIDs {which}")
     for folder, moved in moving.items():
         if moved:
-            name, which = box.names[folder], uid_set(uid for uid, _ in moved)
-            await doveadm.rows(user, 1, "move", "--", name, "mailbox-guid", folder, "uid", which)
+            which = uid_set(uid for uid, _ in moved)
+            name = await _in_folder(doveadm, user, box.names[folder], folder, which, "move")
             notify.log(notify.INFO, f"{user}: left out by a broken run, in {name}: UIDs {which}")
     return sum(map(len, moving.values()))
+
+
+async def _in_folder(
+    doveadm: Doveadm, user: str, name: str, folder: str, which: str, command: str
+) -> str:
+    """Expunge mails of a folder, or move them to its end; returns the name that it had.
+
+    By its name: another folder may have its GUID for a while (:meth:`Renames._part`). And for the
+    GUID alone Dovecot looks into every folder. Raises :class:`DovecotError`.
+    """
+    for _ in range(_LOOKS):
+        query = ("mailbox", name, "mailbox-guid", folder, "uid", which)
+        target = ("--", name) if command == "move" else ()
+        reply = await doveadm.run(user, command, *target, *query)
+        there = await doveadm.folders(user, name)
+        if there.get(folder) == name:
+            if reply.code:
+                raise DovecotError(f"doveadm {command} for {user}: {reply.log or reply.code}")
+            return name
+        # It was renamed meanwhile.
+        name = (await doveadm.folders(user)).get(folder, name)
+    raise DovecotError(f"{user}: {name} is renamed all the time while mails in it are seen to")
 
 
 async def _pass_over(
@@ -505,6 +525,6 @@ async def _pass_over(
         return set()
     which = ("-N", str(used + 1), "--", box.names[folder])
     await doveadm.rows(user, 1, "mailbox update", *which)
-    query = ("mailbox-guid", folder, "uid", f"{last + 1}:{used}")
+    query = ("mailbox", box.names[folder], "mailbox-guid", folder, "uid", f"{last + 1}:{used}")
     rows = await doveadm.rows(user, 2, "fetch", "uid guid", *query)
     return {(int(uid), guid) for uid, guid in rows}

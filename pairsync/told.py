@@ -84,6 +84,8 @@ class Standing:
     :param carried: folder (its GUID) that was deleted there -> mails (their GUIDs) that dsync
         brought from there, saved in the second of the deletion; others of that second are not
         known there
+    :param put: name of a folder that nobody gave it -> mails (their GUIDs) that a user put into it
+        here, whatever dsync makes of them
     :param is_unsure: whether such a folder may go in a run of this server, which then knows what
         the other one has in it; until then both remember what they told
     :param taken: folders (their GUIDs) that were taken away here just now; not for the peer
@@ -91,22 +93,28 @@ class Standing:
 
     stay: list[str] = field(default_factory=list)
     carried: dict[str, list[str]] = field(default_factory=dict)
+    put: dict[str, list[str]] = field(default_factory=dict)
     is_unsure: bool = False
     taken: list[str] = field(default_factory=list)
 
     def document(self) -> dict[str, Any]:
         """For the peer."""
-        return {"stay": self.stay, "carried": self.carried, "unsure": self.is_unsure}
+        return {
+            "stay": self.stay,
+            "carried": self.carried,
+            "put": self.put,
+            "unsure": self.is_unsure,
+        }
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Standing:
         """What the peer sent; one of an earlier release may say less."""
-        carried = {
-            str(folder): list(map(str, mails))
-            for folder, mails in document.get("carried", {}).items()
-        }
+        carried, put = (
+            {str(key): list(map(str, mails)) for key, mails in document.get(part, {}).items()}
+            for part in ("carried", "put")
+        )
         stay = list(map(str, document.get("stay", ())))
-        return cls(stay, carried, bool(document.get("unsure")))
+        return cls(stay, carried, put, bool(document.get("unsure")))
 
 
 def read(files: Iterable[Path]) -> list[Change]:

@@ -106,6 +106,10 @@ class Observer:
         ipv4, ipv6 = self._addresses()
         return Client(self.place, self.enter, ipv4, ipv6)
 
+    def resident(self) -> Client:
+        """A client with the place's own addresses, for servers that count nothing by them."""
+        return Client(self.place, self.enter)
+
 
 class Pool:
     """Source addresses, each handed out again only after the others, and after a rest.

@@ -136,10 +136,10 @@ def replica_doors(ctx: Context) -> list[Door]:
 
 
 def direct(ctx: Context, replica: Host) -> Door:
-    """A replica's first internal address, from a client of its own in a site-local network."""
+    """A replica's first internal address, from a site-local network, for who has the password."""
     if ctx.local is None:
         raise Skipped("needs an observer in a site-local network")
-    return Door(ctx.local.client(), replica.name, ctx.internal(replica)[0], replica)
+    return Door(ctx.local.resident(), replica.name, ctx.internal(replica)[0], replica)
 
 
 def _workers(ctx: Context) -> int:

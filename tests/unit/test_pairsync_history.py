@@ -195,6 +195,13 @@ def test_a_uid_that_comes_again_is_another_mail() -> None:
     assert read([old, log(append(41, G))], [(41, G)]) == [Life(41, G, is_there=True)]
 
 
+def test_what_another_mail_of_a_uid_went_through_is_not_said_of_this_one() -> None:
+    """As where what is there is in another folder of the same GUID."""
+    assert read([log(append(1, H), wish(1), done(1, H))], [(1, G)]) == [Life(1, G, is_there=True)]
+    brought = log(append(1, H, DSYNC))
+    assert read([brought], [(1, G)]) == [Life(1, G, is_there=True)]
+
+
 def test_a_mail_that_a_broken_run_left_twice_is_kept_once() -> None:
     """Seen: it ends after dsync has copied mails and before it deletes them, or just does so."""
     here = read([log(append(4, G), append(9, G, DSYNC))], [(4, G), (9, G)])

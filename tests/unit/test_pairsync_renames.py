@@ -181,12 +181,14 @@ class Dovecot(Doveadm):
         self.lists = [dict(names) for names in lists]
         self.did: list[tuple[str, ...]] = []
         self.mails: list[tuple[str, ...]] = []
+        self.twins: list[tuple[str, str, str]] = []
         self.inbox = Path("/nowhere")
 
     async def run(self, user: str, *words: str) -> Reply:
         if words[:3] == ("mailbox status", "--", "uidnext guid"):
-            (names,) = self.lists
-            return Reply("", tuple(v for g, name in names.items() for v in (name, "9", g)), "")
+            names = self.lists[0]
+            rows = [*((name, "9", guid) for guid, name in names.items()), *self.twins]
+            return Reply("", tuple(value for row in rows for value in row), "")
         if words[0] == "mailbox status":
             names = self.lists.pop(0) if len(self.lists) > 1 else self.lists[0]
             return Reply("", tuple(v for guid, name in names.items() for v in (name, guid)), "")
@@ -621,14 +623,17 @@ def test_a_mail_whose_move_failed_is_moved_right_before_dsync_begins(tmp_path: P
     dovecot.mails, dovecot.lists[0]["G"] = [("3", mail)], "c"
     del dovecot.did[:]
     asyncio.run(renames.attest("jane", (), NOTHING, Standing()))
-    assert dovecot.did == [("move", "--", "c", "mailbox", "a", "mailbox-guid", OTHER, "uid", "3")]
+    assert dovecot.did == [
+        ("mailbox update", "-N", "10009", "--", "c"),
+        ("move", "--", "c", "mailbox", "a", "mailbox-guid", OTHER, "uid", "3"),
+    ]
 
 
 def test_what_a_user_renames_while_it_is_cleared_stays_on_the_other_server(tmp_path: Path) -> None:
     class Renamed(Dovecot):
         async def run(self, user: str, *words: str) -> Reply:
             reply = await super().run(user, *words)
-            if words[:3] == ("mailbox status", "--", "uidnext guid"):
+            if words[0] == "fetch":
                 self.lists[0]["H"] = "c"
             return reply
 
@@ -673,10 +678,63 @@ def test_what_came_under_an_earlier_name_is_moved_before_the_other_server_delete
     dovecot.lists[0][OTHER] = "c"
     (tmp_path / "a").rename(tmp_path / "c")
     asyncio.run(renames.attest("jane", (), told))
-    assert dovecot.did == [("move", "--", "b", "mailbox", "c", "mailbox-guid", OTHER, "uid", "9")]
+    assert dovecot.did == [
+        ("mailbox update", "-N", "10009", "--", "b"),
+        ("move", "--", "b", "mailbox", "c", "mailbox-guid", OTHER, "uid", "9"),
+    ]
     asyncio.run(renames.ended("jane", NOTHING, told))
     asyncio.run(renames.attest("jane", (), told))
-    assert len(dovecot.did) == 1
+    assert len(dovecot.did) == 2
+
+
+def test_what_dsync_made_with_the_guid_of_the_renamed_folder_gets_another(tmp_path: Path) -> None:
+    """Seen: a mail that was moved into it went with one that had been in the renamed folder."""
+    dovecot = Dovecot({"G": "b", OTHER: "c"})
+    dovecot.twins = [("a", "2", "G")]
+    told = Told({"G": ("b", 2.0)}, {"a": ("G", 2.0)})
+    asyncio.run(made(tmp_path, dovecot)._part("jane", told, NOTHING))
+    ((what, flag, guid, dash, name),) = dovecot.did
+    assert (what, flag, dash, name) == ("mailbox update", "-g", "--", "a")
+    assert len(bytes.fromhex(guid)) == 16 and guid != "G"
+    # The name that was given last is kept, whichever comes first by its letters.
+    del dovecot.did[:]
+    told = Told({"G": ("a", 2.0)}, {"b": ("G", 2.0)})
+    asyncio.run(made(tmp_path, dovecot)._part("jane", NOTHING, told))
+    assert [words[-1] for words in dovecot.did] == ["b"]
+
+
+def test_what_a_user_put_under_an_earlier_name_is_moved_though_the_renamed_folder_has_it(
+    tmp_path: Path,
+) -> None:
+    """That one is the one that he has just taken out of it, on this server or the other one."""
+    put, told_of, copied = "0a" * 16, "0b" * 16, "0c" * 16
+    told = Told({"G": ("b", 2.0)}, {"a": ("G", 2.0)})
+    dovecot = Dovecot({"G": "b", OTHER: "a"})
+    dovecot.inbox = tmp_path / "INBOX"
+    (tmp_path / "a").mkdir()
+    lives = log(append(1, put), append(2, told_of, DSYNC), append(3, copied, DSYNC))
+    (tmp_path / "a" / history.LOGS[-1]).write_bytes(lives)
+
+    class Both(Dovecot):
+        """Both folders have the same mails."""
+
+        async def run(self, user: str, *words: str) -> Reply:
+            if words[:2] == ("fetch", "guid"):
+                return Reply("", (put, told_of, copied), "")
+            return await super().run(user, *words)
+
+    dovecot.__class__ = Both
+    dovecot.mails = [("1", put), ("2", told_of), ("3", copied)]
+    renames = made(tmp_path, dovecot)
+    stands = asyncio.run(renames.carry_out("jane", told, NOTHING))
+    folder = ("mailbox", "a", "mailbox-guid", OTHER, "uid")
+    assert stands.put == {"a": [put]}
+    assert dovecot.did[0] == ("expunge", *folder, "2:3")
+    del dovecot.did[:]
+    there = Standing(put={"a": [told_of]})
+    asyncio.run(renames.carry_out("jane", told, NOTHING, there))
+    assert dovecot.did[0] == ("expunge", *folder, "3")
+    assert dovecot.did[2] == ("move", "--", "b", *folder, "1:2")
 
 
 def test_the_other_server_is_told_of_what_was_taken_away(tmp_path: Path) -> None:
