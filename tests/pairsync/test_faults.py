@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from pairsync.doveadm import Doveadm
 from pairsync.history import Life
 from pairsync.repair import Mailbox, Plan, mend
@@ -345,6 +347,41 @@ def test_runs_that_break_off_lose_no_mail(pair: Pair) -> None:
         for user, tags in flow.sent.items():
             sent[user] += tags
     assert_all_there(pair, sent)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_comes_under_a_name_that_dsync_just_gave_back_stays_when_mails_are_compared(
+    pair: Pair, user: str, first: int
+) -> None:
+    """Until dsync begins anew both folders have one GUID. In the renamed one a mail of the same UID
+    was taken away before.
+    """
+    for tag in ("before", "after"):
+        pair.b.deliver(user, tag)
+    with pair.b.imap(user) as imap:
+        imap.select()
+        assert (imap.create("old")[0], imap.xatom("MOVE", "1", "old")[0]) == ("OK", "OK")
+        imap.select("old")
+        imap.store("1", "+FLAGS", "(\\Deleted)")
+        assert imap.expunge() == ("OK", [b"1"])
+    pair.wait_equal([user], 5)
+    for server in pair.both:
+        server.kill_pairsync()
+    try:
+        with pair.b.imap(user) as imap:
+            imap.select()
+            assert imap.rename("old", "new")[0] == "OK"
+            status = f"doveadm mailbox status -u {user} guid new"
+            guid = pair.b.shell(f"{status} | sed 's/.*=//'").strip()
+            pair.b.shell(f"doveadm mailbox create -u {user} old")
+            pair.b.shell(f"doveadm mailbox update -u {user} -g {guid} old")
+            assert imap.xatom("MOVE", "1", "old")[0] == "OK"
+    finally:
+        for server in (pair.both[first], pair.both[1 - first]):
+            server.start_pairsync()
+    assert_all_there(pair, {user: ["after"]})
+    folders = pair.b.contents(user)["folders"]
+    assert (len(folders["new"]), "old" in folders) == (1, False)
 
 
 def test_a_change_outlives_a_killed_daemon(pair: Pair, user: str) -> None:
