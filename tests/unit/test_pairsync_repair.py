@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pairsync.repair import common, holes, latest
+from pairsync.doveadm import Doveadm, Reply
+from pairsync.repair import common, holes, latest, look
+from pairsync.state import States
 
 #: As Dovecot 2.4.1 gave it for one INBOX with five mails.
 STATE = "AQAAAMBENhCmewdrIQAAAEb+Pw6mewdrBwAAAAQAAAAAAAAAAAAAAAAAAAAFAAAAyum5DA=="
 INBOX = "c0443610a67b076b2100000046fe3f0e"
+G = "0a" * 16
 
 
 def test_dsyncs_state_tells_what_both_had() -> None:
@@ -60,3 +66,19 @@ def test_once_renumbered_nothing_is_missing_below_a_common_mail(
         again.append((uid, guid))
     assert {guid for _, guid in again} == set(one.values())
     assert holes({"i": sorted(again)}, theirs) == {}
+
+
+def test_what_pairsync_deleted_is_remembered_while_its_folder_is_in_no_list(tmp_path: Path) -> None:
+    """One that is just being renamed. Without it, a user's deletion would be seen in it."""
+
+    class Dovecot(Doveadm):
+        async def run(self, user: str, *words: str) -> Reply:
+            said = {"fetch": ("F", "1", G), "mailbox status": ("INBOX", "F")}
+            return Reply("", said.get(words[0], (str(tmp_path),)), "")
+
+    states = States(tmp_path)
+    states.note("jane", {"F": {(9, G)}, "renamed": {(3, G)}}, {"renamed": {(4, G)}})
+    box = asyncio.run(look(Dovecot(tmp_path), states, "jane"))
+    assert box.here("F") == {(1, G)}
+    assert states.doubles("jane") == {"renamed": {(3, G)}}
+    assert states.renumbered("jane") == {"renamed": {(4, G)}}
