@@ -78,7 +78,7 @@ def snapshot(machine: LabMachine) -> Snapshot:
     return Snapshot(units, files)
 
 
-@check("CHANGE-1", quick=True, alone=True)
+@check("CHANGE-1", quick=True, still=True)
 def second_up_changes_nothing(ctx: Context) -> str:
     """A second `up` with unchanged data changes nothing on any host and restarts nothing."""
     machines = list(ctx.lab.machines)

@@ -56,6 +56,8 @@ class Phase(StrEnum):
     """Only looks, and sends mail: runs beside others."""
     APART = "apart"
     """Changes something of a tier for a moment: beside those that disturb other tiers."""
+    STILL = "still"
+    """Looks for what nobody else may change meanwhile: beside others of this kind."""
     ALONE = "alone"
     """Changes something for a moment and puts it back: nothing runs beside it."""
     DISRUPTIVE = "disruptive"
@@ -127,6 +129,7 @@ class Registry:
         live: bool = False,
         quick: bool = False,
         disturbs: Iterable[str] = (),
+        still: bool = False,
         alone: bool = False,
         disruptive: bool = False,
     ) -> Callable[[Function], Function]:
@@ -138,7 +141,9 @@ class Registry:
             quick: Belongs to the quick set of a rehearsal.
             disturbs: Tiers of which it changes something and puts it back: no check that
                 disturbs or needs them may run beside it.
-            alone: The same, of anything: nothing may run beside it.
+            still: Changes nothing that others look for, but needs that nobody does: runs beside
+                others of this kind alone.
+            alone: Changes anything and puts it back: nothing may run beside it.
             disruptive: Takes machines away: runs alone, after everything else.
 
         Raises:
@@ -147,13 +152,15 @@ class Registry:
         """
         contract_order(identifier)
         tiers = frozenset(disturbs)
-        if live and (tiers or alone or disruptive):
+        if live and (tiers or still or alone or disruptive):
             raise ValueError(f"{identifier}: a live check must not disturb the platform")
         phase = (
             Phase.DISRUPTIVE
             if disruptive
             else Phase.ALONE
             if alone
+            else Phase.STILL
+            if still
             else Phase.APART
             if tiers
             else Phase.TOGETHER

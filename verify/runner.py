@@ -1,5 +1,6 @@
 """Makes the checks of a run: those that only look side by side, then those that disturb one tier
-beside those that disturb another, and the others one by one."""
+beside those that disturb another, those that want stillness beside one another, and the others one
+by one."""
 
 from __future__ import annotations
 
@@ -90,8 +91,13 @@ def run(
         progress(f"in turn, beside one another: {named}")
         with ThreadPoolExecutor(max_workers=len(apart)) as pool:
             results += chain.from_iterable(pool.map(in_turn, apart))
+    still = [c for c in checks if c.phase is Phase.STILL]
+    if still:
+        progress(f"undisturbed: {' '.join(c.id for c in still)}")
+        with ThreadPoolExecutor(max_workers=len(still)) as pool:
+            results += pool.map(one, still)
     for check in checks:
-        if check.phase not in (Phase.TOGETHER, Phase.APART):
+        if check.phase in (Phase.ALONE, Phase.DISRUPTIVE):
             progress(f"{check.id}: {check.title} ...")
             results.append(one(check))
     results += [Result(c.id, Status.SKIP, reason) for c in left_out]

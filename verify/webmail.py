@@ -285,8 +285,8 @@ def _read_and_answer(ctx: Context, rc: Roundcube, owner: Owner) -> Mail:
     return answer
 
 
-# Alone: a browser gives up what it loads when an address comes to its network, as clients get.
-@check("WEB-1", quick=True, alone=True)
+# A browser gives up what it loads when an address comes to its network, as clients get.
+@check("WEB-1", quick=True, still=True)
 def a_browser_reads_and_answers(ctx: Context) -> str:
     """In a browser: log in, read a mail from outside, answer it, edit a filter, log out."""
     hosts(ctx)

@@ -74,7 +74,7 @@ def test_no_module_with_checks_is_forgotten() -> None:
 def test_disruptive_checks_come_last_and_each_phase_is_in_the_contracts_order() -> None:
     registry = Registry()
     registry.check("EDGE-1", disruptive=True)(looks)
-    registry.check("CHANGE-1", alone=True)(looks)
+    registry.check("CHANGE-1", still=True)(looks)
     registry.check("HOST-4", alone=True)(looks)
     registry.check("OUT-10")(looks)
     registry.check("DNS-1")(looks)
@@ -82,7 +82,7 @@ def test_disruptive_checks_come_last_and_each_phase_is_in_the_contracts_order() 
     registry.check("BOX-1", disturbs=("maildrop",))(looks)
     registry.check("OUT-6", disturbs=("smtp_out",))(looks)
     assert [c.id for c in registry.all()] == [
-        "OUT-2", "OUT-10", "DNS-1", "OUT-6", "BOX-1", "HOST-4", "CHANGE-1", "EDGE-1",
+        "OUT-2", "OUT-10", "DNS-1", "OUT-6", "BOX-1", "CHANGE-1", "HOST-4", "EDGE-1",
     ]  # fmt: skip
     assert registry["EDGE-1"].phase is Phase.DISRUPTIVE
 
@@ -108,7 +108,9 @@ def test_a_check_without_a_title_is_refused() -> None:
         Registry().check("OUT-1")(silent)
 
 
-@pytest.mark.parametrize("how", [{"alone": True}, {"disruptive": True}, {"disturbs": ["rspamd"]}])
+@pytest.mark.parametrize(
+    "how", [{"still": True}, {"alone": True}, {"disruptive": True}, {"disturbs": ["rspamd"]}]
+)
 def test_what_disturbs_is_not_for_a_live_platform(how: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must not disturb"):
         Registry().check("OUT-1", live=True, **how)

@@ -129,6 +129,7 @@ def test_what_a_run_leaves_out_is_a_skip_with_the_reason(context: Context) -> No
 
 
 def test_checks_that_only_look_run_side_by_side_and_the_others_alone(context: Context) -> None:
+    """So do those that want stillness, but not beside the first ones."""
     together = threading.Barrier(2, timeout=5)
     running: list[str] = []
 
@@ -148,12 +149,14 @@ def test_checks_that_only_look_run_side_by_side_and_the_others_alone(context: Co
         [
             check("OUT-1", meets),
             check("OUT-2", meets),
-            check("OUT-3", alone, Phase.ALONE),
-            check("OUT-4", alone, Phase.DISRUPTIVE),
+            check("OUT-3", meets, Phase.STILL),
+            check("OUT-4", meets, Phase.STILL),
+            check("OUT-5", alone, Phase.ALONE),
+            check("OUT-6", alone, Phase.DISRUPTIVE),
         ],
         context,
     )
-    assert report.count(Status.PASS) == 4
+    assert report.count(Status.PASS) == 6
 
 
 def test_checks_that_disturb_one_tier_take_turns_beside_those_of_another(context: Context) -> None:
