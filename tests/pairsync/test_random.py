@@ -346,6 +346,9 @@ def forgotten(pair: Pair, user: str, journal: Journal) -> set[str]:
     It begins its logs anew then. So neither server knows any more of a change that no run has
     carried yet, nor that two mails in a folder are one of which dsync made the other. Mostly this
     is after the server lost its power, and sometimes after a doveadm was killed at its work.
+
+    Nor does a server know then that a mail in a folder, which was deleted on the other one, came
+    from there: it keeps that in the inbox, also one that a client has just moved elsewhere.
     """
     found = set()
     for server in pair.both:
@@ -361,6 +364,14 @@ def forgotten(pair: Pair, user: str, journal: Journal) -> set[str]:
                 )
             ):
                 found.add(tag)
+        source: dict[str, str] = {}
+        for at, _, what, tag in [row for row in journal.rows if row not in mine]:
+            if what.startswith("found in "):
+                source[tag] = what.split()[2]
+            elif what.startswith("moved") and any(abs(when - at) < _UNTOLD for when in repaired):
+                deleted = f"{user}: {source[tag]} deleted: OK"
+                if any(later > at and said == deleted for later, _, said, _ in journal.rows):
+                    found.add(tag)
     return found
 
 
