@@ -380,7 +380,7 @@ http {{
         # RFC 8555, 8.2: a server tells when to look again; Pebble does not.
         location /chalZ/ {{
             proxy_pass https://127.0.0.1:{_ACME_PORT};
-            add_header Retry-After 1;
+            add_header Retry-After 0;
         }}
     }}
 }}

@@ -434,7 +434,8 @@ class World:
                 "RFC2136_TSIG_KEY": self.acme_key.name,
                 "RFC2136_TSIG_ALGORITHM": f"{knot.ALGORITHM}.",
                 "RFC2136_PROPAGATION_TIMEOUT": "30",
-                "RFC2136_POLLING_INTERVAL": "1",
+                # What is changed is served at once.
+                "RFC2136_POLLING_INTERVAL": "0",
                 "RFC2136_SEQUENCE_INTERVAL": "0",
             },
             "secrets": list(self.acme_secrets),
