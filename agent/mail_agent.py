@@ -266,6 +266,16 @@ def write_file(path: Path, content: bytes, mode: int = 0o600) -> None:
     sync_folder(path.parent)
 
 
+def age(file: int | Path) -> None:
+    """Date a file back by two seconds.
+
+    Until then every Postfix command waits before it reads its configuration, for somebody may still
+    be writing it (dict_load_file_xt). What we put in place is whole.
+    """
+    before = time.time_ns() - 2 * 10**9
+    os.utime(file, ns=(before, before))
+
+
 def write_json(path: Path, content: object) -> None:
     write_file(path, json.dumps(content, indent=1, sort_keys=True).encode())
 
@@ -640,6 +650,7 @@ class Transaction:
                     stream.flush()
                     os.fchown(stream.fileno(), uid, gid)
                     os.fchmod(stream.fileno(), int(operation.new["mode"], 8))
+                    age(stream.fileno())
                     os.fsync(stream.fileno())
 
     def _sync(self, paths: Iterable[str]) -> None:
@@ -924,6 +935,7 @@ class Sandbox:
             place.unlink(missing_ok=True)
             uid, gid = self.system.ids(file.owner, file.group)
             write_file(place, file.content)
+            age(place)
             os.chown(place, uid, gid)
             place.chmod(file.mode)
         outputs: dict[str, Any] = {}

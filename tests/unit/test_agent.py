@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,12 @@ def test_a_first_push_writes_everything(host: Host) -> None:
     assert host.system.names(found.st_uid, found.st_gid) == ("root", "mail")
     assert host.active()["generation"] == 1
     assert stat.S_IMODE((host.root / "etc/postfix").stat().st_mode) == 0o755
+
+
+def test_postfix_does_not_wait_for_a_file_to_be_written(host: Host) -> None:
+    """It does, for one that is of this second or the one before."""
+    host.apply(bundle({MAIN: "a = b\n"}))
+    assert int((host.root / MAIN[1:]).stat().st_mtime) < int(time.time()) - 1
 
 
 def test_the_same_push_again_touches_nothing(host: Host) -> None:
