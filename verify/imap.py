@@ -124,13 +124,14 @@ class Session(imaplib.IMAP4):
         return found
 
     def mails(self, folder: str, first: int) -> list[tuple[int, bytes]]:
-        """UID and content of each mail of a folder from UID ``first`` on; none is marked as read.
+        """UID and content of each mail of a folder from UID ``first`` on, of large ones the first
+        megabyte; none is marked as read.
 
         Raises:
             Failed: The folder cannot be opened.
         """
         self.look_into(folder)
-        rows = self.told("FETCH", self.uid("FETCH", f"{first}:*", "(UID BODY.PEEK[])"))
+        rows = self.told("FETCH", self.uid("FETCH", f"{first}:*", "(UID BODY.PEEK[]<0.1048576>)"))
         # STATUS need not tell anything new of a folder that is open (RFC 9051, section 6.3.11).
         self.unselect()
         found = []

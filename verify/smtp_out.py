@@ -794,9 +794,11 @@ def limits_count_clients(ctx: Context) -> str:
 @check("OUT-8", quick=True, disturbs=("smtp_out",))
 def users_are_held_to_their_limits(ctx: Context) -> str:
     """GTUBE, too much mail, a suspended user and foreign senders are refused on the way out."""
-    observed = [_gtube_is_refused(ctx), _mail_is_counted(ctx), _suspended_users_are_refused(ctx)]
-    observed += [f"{_senders_are_own(ctx, user)}" for user in _bound_users(ctx)]
-    return "; ".join(observed)
+    observed = [_gtube_is_refused(ctx)]
+    # Of these, only what is counted is mail: the others get no further than its envelope.
+    parts = [_mail_is_counted, _suspended_users_are_refused]
+    parts += [partial(_senders_are_own, user=user) for user in _bound_users(ctx)]
+    return "; ".join([*observed, *each(parts, lambda part: part(ctx))])
 
 
 def _gtube_is_refused(ctx: Context) -> str:
