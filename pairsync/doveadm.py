@@ -107,10 +107,17 @@ class Doveadm:
 
         ``names``: of no others, but that ``*`` and ``%`` in a name stand for more of them.
         """
+        return {folder: name for name, folder in await self.listed(user, *names)}
+
+    async def listed(self, user: str, *names: str) -> list[tuple[str, str]]:
+        """Name and GUID of each folder, which is not opened for it; names as for :meth:`folders`.
+
+        There may be two of one GUID. Raises :class:`DovecotError`.
+        """
         # Alone, a name that is not there is an error.
         which = ("INBOX", *names) if names else ("*",)
         rows = await self.rows(user, 2, "mailbox status", "--", "guid", *which)
-        return {folder: name for name, folder in rows}
+        return [(name, folder) for name, folder in rows]
 
     async def next_uids(self, user: str, *names: str) -> dict[str, int]:
         """Folder (its GUID) -> UID that the next mail gets; names as for :meth:`folders`."""

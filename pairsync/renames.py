@@ -228,14 +228,18 @@ class Renames:
         if not left:
             return
         asked = sorted({*left, *given.values()})
-        found: dict[str, list[str]] = {}
-        with contextlib.suppress(NoUser):
-            for name, _, guid in await _limited(user, self._doveadm.statuses(user, *asked)):
-                if name != INBOX:
-                    found.setdefault(guid, []).append(name)
-        for guid, names in found.items():
-            if len(names) < 2:
-                continue
+        # To open a folder is to be in the way of who deletes it, so only those are that seem to be
+        # two of one GUID.
+        listed = await self._listed(user, *asked)
+        if seeming := [name for names in _twins(listed).values() for name in names]:
+            statuses = await _limited(user, self._doveadm.statuses(user, *seeming))
+            await self._tell_apart(user, given, _twins((name, guid) for name, _, guid in statuses))
+
+    async def _tell_apart(
+        self, user: str, given: Mapping[str, str], twins: Mapping[str, Sequence[str]]
+    ) -> None:
+        """``given``: folder (its GUID) -> the name that it was given last."""
+        for guid, names in twins.items():
             # dsync leaves it to the last one too.
             kept = given[guid] if given.get(guid) in names else max(names)
             for name in sorted({*names} - {kept}):
@@ -550,28 +554,40 @@ class Renames:
 
         ``only``: names that matter; there may be others among the answer.
         """
-        for tries_left in reversed(range(_LISTS)):
-            try:
-                names = await _limited(user, self._doveadm.folders(user, *only))
-            except NoUser:
-                names = {}
-            except DovecotError:
-                # As where a folder goes while Dovecot lists it.
-                if tries_left:
-                    continue
-                raise
-            break
+        names = {guid: name for name, guid in await self._listed(user, *only)}
         seen = {name: g for name, g in self._seen.get(user, {}).items() if g not in names}
         if len(seen) > _SEEN and not only:
             seen.clear()
         self._seen[user] = seen | {name: guid for guid, name in names.items()}
         return names
 
+    async def _listed(self, user: str, *only: str) -> list[tuple[str, str]]:
+        """Name and GUID of each folder, as for :meth:`_names`."""
+        for tries_left in reversed(range(_LISTS)):
+            try:
+                return await _limited(user, self._doveadm.listed(user, *only))
+            except NoUser:
+                break
+            except DovecotError:
+                # As where a folder goes while Dovecot lists it.
+                if not tries_left:
+                    raise
+        return []
+
     async def _rows(self, user: str, width: int, *words: str) -> list[tuple[str, ...]]:
         return await _limited(user, self._doveadm.rows(user, width, *words))
 
     async def _run(self, user: str, *words: str) -> Reply:
         return await _limited(user, self._doveadm.run(user, *words))
+
+
+def _twins(listed: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """GUID -> the folders (their names) that have it, where there are several."""
+    found: dict[str, list[str]] = {}
+    for name, guid in listed:
+        if name != INBOX:
+            found.setdefault(guid, []).append(name)
+    return {guid: names for guid, names in found.items() if len(names) > 1}
 
 
 async def _limited(user: str, work: Awaitable[T]) -> T:

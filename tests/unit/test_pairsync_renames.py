@@ -181,17 +181,18 @@ class Dovecot(Doveadm):
         self.lists = [dict(names) for names in lists]
         self.did: list[tuple[str, ...]] = []
         self.mails: list[tuple[str, ...]] = []
-        self.twins: list[tuple[str, str, str]] = []
+        self.twins: list[tuple[str, str]] = []
         self.inbox = Path("/nowhere")
 
     async def run(self, user: str, *words: str) -> Reply:
         if words[:3] == ("mailbox status", "--", "uidnext guid"):
             names = self.lists[0]
-            rows = [*((name, "9", guid) for guid, name in names.items()), *self.twins]
-            return Reply("", tuple(value for row in rows for value in row), "")
+            found = [*((name, guid) for guid, name in names.items()), *self.twins]
+            return Reply("", tuple(v for name, guid in found for v in (name, "9", guid)), "")
         if words[0] == "mailbox status":
             names = self.lists.pop(0) if len(self.lists) > 1 else self.lists[0]
-            return Reply("", tuple(v for guid, name in names.items() for v in (name, guid)), "")
+            found = [*((name, guid) for guid, name in names.items()), *self.twins]
+            return Reply("", tuple(value for row in found for value in row), "")
         if words[0] == "fetch":
             return Reply("", tuple(value for row in self.mails for value in row), "")
         if words[0] == "mailbox path":
@@ -690,7 +691,7 @@ def test_what_came_under_an_earlier_name_is_moved_before_the_other_server_delete
 def test_what_dsync_made_with_the_guid_of_the_renamed_folder_gets_another(tmp_path: Path) -> None:
     """Seen: a mail that was moved into it went with one that had been in the renamed folder."""
     dovecot = Dovecot({"G": "b", OTHER: "c"})
-    dovecot.twins = [("a", "2", "G")]
+    dovecot.twins = [("a", "G")]
     told = Told({"G": ("b", 2.0)}, {"a": ("G", 2.0)})
     asyncio.run(made(tmp_path, dovecot)._part("jane", told, NOTHING))
     ((what, flag, guid, dash, name),) = dovecot.did
