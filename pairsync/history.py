@@ -116,6 +116,14 @@ def repaired(logs: Sequence[bytes]) -> tuple[set[int], set[int]]:
     return unclear, restored
 
 
+def is_made_since(logs: Sequence[bytes], at: float) -> bool:
+    """Whether the folder of the logs was made at that time (seconds since 1970) or later."""
+    if len(logs) != 1 or len(logs[0]) < _NUMBERS.size:
+        return False
+    number, before, began = _NUMBERS.unpack_from(logs[0])
+    return bool(number <= _FIRST and not before and began >= int(at))
+
+
 def disputed(log: bytes, start: int = 0) -> bool:
     """Whether somebody took mails away while dsync was at work, as a log tells from there on.
 

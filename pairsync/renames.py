@@ -139,7 +139,12 @@ class Renames:
             there = await self._names(user)
             guessed = {guid: at for guid, at in guessed.items() if guid not in there}
             known, _ = add(self.known(user), changes, names, seen)
-        known.gone.update(guessed | deleted)
+        back = {
+            guid: at
+            for guid, at in gone.items()
+            if guid not in deleted and await self._is_back(user, guid, names.get(guid, ""), at)
+        }
+        known.gone.update(guessed | deleted | back)
         self._remember(user, known)
         for name in concerned - set(names.values()):
             # What has been renamed or deleted since is known by this when that is learned.
@@ -379,6 +384,17 @@ class Renames:
             first, last = min(times) - _CLOSE, max(times) + _CLOSE
             return {guid: float(at) for guid, at in told.items() if first <= at <= last}
         return {}
+
+    async def _is_back(self, user: str, guid: str, name: str, at: float) -> bool:
+        """Whether a folder that a user deleted at that time is there because dsync has made it
+        again since; it alone makes one of the same GUID.
+
+        ``name``: the one that it has now; empty where it is not there. Raises
+        :class:`DovecotError`.
+        """
+        if not name or not (user in self._begun or self._ended.get(user, 0.0) >= at):
+            return False
+        return history.is_made_since(await self._read_logs(user, guid, name), at)
 
     def _came_back(
         self, user: str, guid: str, name: str, at: float, mine: Told, theirs: Told

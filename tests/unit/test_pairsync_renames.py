@@ -30,7 +30,7 @@ from pairsync.told import (
     read,
     relics,
 )
-from tests.index_logs import DSYNC, append, done, log
+from tests.index_logs import BEGAN, DSYNC, append, done, log
 
 
 def test_a_rename_is_known_by_the_folder() -> None:
@@ -364,6 +364,26 @@ def test_which_folder_was_deleted_is_known_without_dovecots_log(
     renames.note(hook(tmp_path, "a", "", 20.5))
     told = asyncio.run(renames.learn("jane/x"))
     assert told.gone == ({} if is_there else {GUID: 20.5})
+
+
+@pytest.mark.parametrize(
+    ("at", "number", "is_gone"), [(0.5, 2, True), (1.5, 2, False), (0.5, 3, False)]
+)
+def test_a_deleted_folder_that_dsync_has_made_again_by_now_is_known_by_its_log(
+    tmp_path: Path, at: float, number: int, is_gone: bool
+) -> None:
+    """Seen: where Dovecot's log of folders does not tell of the deletion either."""
+    dovecot = Dovecot({GUID: "a"})
+    dovecot.inbox = deleted(tmp_path, OTHER, 1)
+    (dovecot.inbox.parent / "a").mkdir()
+    log_of_it = dovecot.inbox.parent / "a" / history.LOGS[-1]
+    log_of_it.write_bytes(log(append(1, "0a" * 16, DSYNC), number=number))
+    renames = made(tmp_path, dovecot)
+    asyncio.run(renames._names("jane/x"))
+    renames.began("jane/x")
+    renames.note(hook(tmp_path, "a", "", BEGAN + at))
+    told = asyncio.run(renames.learn("jane/x"))
+    assert told.gone == ({GUID: BEGAN + at} if is_gone else {})
 
 
 def test_a_folder_that_is_renamed_and_deleted_is_known_by_its_first_name(tmp_path: Path) -> None:
