@@ -75,6 +75,7 @@ class Check:
         quick: Belongs to the quick set of a rehearsal; live checks always do.
         phase: When it runs.
         disturbs: Tiers that nobody else may count on meanwhile.
+        late: Comes after the others that disturb the same tiers.
     """
 
     id: str
@@ -83,6 +84,7 @@ class Check:
     quick: bool
     phase: Phase
     disturbs: frozenset[str] = frozenset()
+    late: bool = False
 
     @property
     def title(self) -> str:
@@ -129,6 +131,7 @@ class Registry:
         live: bool = False,
         quick: bool = False,
         disturbs: Iterable[str] = (),
+        late: bool = False,
         still: bool = False,
         alone: bool = False,
         disruptive: bool = False,
@@ -141,6 +144,7 @@ class Registry:
             quick: Belongs to the quick set of a rehearsal.
             disturbs: Tiers of which it changes something and puts it back: no check that
                 disturbs or needs them may run beside it.
+            late: Comes after the others that disturb the same tiers.
             still: Changes nothing that others look for, but needs that nobody does: runs beside
                 others of this kind alone.
             alone: Changes anything and puts it back: nothing may run beside it.
@@ -172,7 +176,7 @@ class Registry:
                 raise ValueError(
                     f"{identifier} has a check already: {other.__module__}.{other.__qualname__}"
                 )
-            added = Check(identifier, function, live, quick, phase, tiers)
+            added = Check(identifier, function, live, quick, phase, tiers, late)
             if not added.title:
                 raise ValueError(f"{identifier}: {function.__qualname__} needs a docstring")
             self._checks[identifier] = added

@@ -42,17 +42,13 @@ def make(check: Check, context: Context) -> Result:
 
 
 def groups(checks: Sequence[Check]) -> list[list[Check]]:
-    """The checks, those together that share a tier, straight or through others, in their order.
-
-    Those of several tiers come first: while block lists are dead (IN-4), mail that comes in takes
-    seconds, and others wait for such mail when they begin.
-    """
+    """The checks, those together that share a tier, straight or through others, in their order."""
     found: list[list[Check]] = []
     for check in checks:
         mine = [g for g in found if any(check.disturbs & other.disturbs for other in g)]
         found = [g for g in found if g not in mine] + [[*chain.from_iterable(mine), check]]
     order = {check.id: number for number, check in enumerate(checks)}
-    return [sorted(group, key=lambda c: (-len(c.disturbs), order[c.id])) for group in found]
+    return [sorted(group, key=lambda c: (c.late, order[c.id])) for group in found]
 
 
 def run(

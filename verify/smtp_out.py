@@ -284,7 +284,8 @@ def _outside_domain(ctx: Context) -> str:
     return ctx.lab.world.domain("strict")
 
 
-@check("OUT-3", quick=True, disturbs=("smtp_out",))
+# Late, for it waits for mail that comes in, which takes seconds while IN-4 is at work.
+@check("OUT-3", quick=True, disturbs=("smtp_out",), late=True)
 def mail_is_signed(ctx: Context) -> str:
     """One valid, aligned DKIM signature for each domain, for bounces too, or nothing leaves."""
     lab = ctx.lab

@@ -191,17 +191,17 @@ def test_checks_that_disturb_one_tier_take_turns_beside_those_of_another(context
 
 
 def test_what_shares_a_tier_through_another_takes_turns_too() -> None:
-    def disturbing(identifier: str, *tiers: str) -> Check:
-        return Check(identifier, passes, False, True, Phase.APART, frozenset(tiers))
+    def disturbing(identifier: str, *tiers: str, late: bool = False) -> Check:
+        return Check(identifier, passes, False, True, Phase.APART, frozenset(tiers), late)
 
     checks = [
         disturbing("OUT-3", "smtp_out"),
-        disturbing("IN-4", "smtp_in"),
+        disturbing("IN-4", "smtp_in", late=True),
         disturbing("BOX-7", "smtp_in", "maildrop"),
         disturbing("BOX-1", "maildrop"),
     ]
     found = [[c.id for c in group] for group in runner.groups(checks)]
-    assert sorted(found) == [["BOX-7", "IN-4", "BOX-1"], ["OUT-3"]]
+    assert sorted(found) == [["BOX-7", "BOX-1", "IN-4"], ["OUT-3"]]
 
 
 def test_each_names_every_failure() -> None:
