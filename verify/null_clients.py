@@ -88,7 +88,7 @@ def _of_each_kind(ctx: Context) -> list[Sender]:
     return list(kinds.values())
 
 
-@check("CLIENT-1", quick=True)
+@check("CLIENT-1", quick=True, long=True)
 def machines_send_by_smtp_out(ctx: Context) -> str:
     """What any machine has to say leaves through smtp-out, with the login of its group, signed."""
     found = senders(ctx)

@@ -76,6 +76,7 @@ class Check:
         phase: When it runs.
         disturbs: Tiers that nobody else may count on meanwhile.
         late: Comes after the others that disturb the same tiers.
+        long: Takes longest of those that only look, so it begins first.
     """
 
     id: str
@@ -85,6 +86,7 @@ class Check:
     phase: Phase
     disturbs: frozenset[str] = frozenset()
     late: bool = False
+    long: bool = False
 
     @property
     def title(self) -> str:
@@ -132,6 +134,7 @@ class Registry:
         quick: bool = False,
         disturbs: Iterable[str] = (),
         late: bool = False,
+        long: bool = False,
         still: bool = False,
         alone: bool = False,
         disruptive: bool = False,
@@ -145,6 +148,7 @@ class Registry:
             disturbs: Tiers of which it changes something and puts it back: no check that
                 disturbs or needs them may run beside it.
             late: Comes after the others that disturb the same tiers.
+            long: Takes longest of those that only look, so it begins first.
             still: Changes nothing that others look for, but needs that nobody does: runs beside
                 others of this kind alone.
             alone: Changes anything and puts it back: nothing may run beside it.
@@ -176,7 +180,7 @@ class Registry:
                 raise ValueError(
                     f"{identifier} has a check already: {other.__module__}.{other.__qualname__}"
                 )
-            added = Check(identifier, function, live, quick, phase, tiers, late)
+            added = Check(identifier, function, live, quick, phase, tiers, late, long)
             if not added.title:
                 raise ValueError(f"{identifier}: {function.__qualname__} needs a docstring")
             self._checks[identifier] = added

@@ -76,6 +76,7 @@ def run(
         return result
 
     together = [c for c in checks if c.phase is Phase.TOGETHER]
+    together.sort(key=lambda check: not check.long)
     results: list[Result] = []
     if together:
         progress(f"side by side: {' '.join(c.id for c in together)}")

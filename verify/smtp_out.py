@@ -75,10 +75,9 @@ class Door:
         return f"{self.name} [{self.address}] from {self.client.place}"
 
 
-def frontend_doors(ctx: Context, observer: Observer | None = None) -> list[Door]:
-    """Every frontend address in each family, each with a client of its own."""
-    place = observer or ctx.internet
-    return [Door(place.client(), name, address) for name, address in ctx.doors]
+def frontend_doors(ctx: Context) -> list[Door]:
+    """Every frontend address in each family, each with a client of its own on the internet."""
+    return [Door(ctx.internet.client(), name, address) for name, address in ctx.doors]
 
 
 def member_doors(ctx: Context, observer: Observer | None = None) -> list[Door]:
@@ -245,7 +244,12 @@ def only_users_may_send(ctx: Context) -> str:
     doors = frontend_doors(ctx) + member_doors(ctx)
     strangers = frontend_doors(ctx)
     if not ctx.is_live:
-        strangers += [d for o in (ctx.office, ctx.local) if o for d in frontend_doors(ctx, o)[:2]]
+        strangers += [
+            Door(observer.client(), name, address)
+            for observer in (ctx.office, ctx.local)
+            if observer
+            for name, address in ctx.doors[:2]
+        ]
         insiders = [ctx.lab.machine(m).observer for m in ctx.members]
         strangers += [
             d

@@ -159,6 +159,24 @@ def test_checks_that_only_look_run_side_by_side_and_the_others_alone(context: Co
     assert report.count(Status.PASS) == 6
 
 
+def test_what_takes_longest_begins_first(context: Context) -> None:
+    began: list[str] = []
+
+    def look(identifier: str, *, long: bool) -> Check:
+        def looks(context: Context) -> str:
+            """Looks."""
+            began.append(identifier)
+            return ""
+
+        return Check(identifier, looks, False, True, Phase.TOGETHER, long=long)
+
+    checks = [look(f"OUT-{n}", long=False) for n in range(1, 6)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "WORKERS", 1)
+        runner.run([*checks, look("BOX-3", long=True)], context)
+    assert began == ["BOX-3", "OUT-1", "OUT-2", "OUT-3", "OUT-4", "OUT-5"]
+
+
 def test_checks_that_disturb_one_tier_take_turns_beside_those_of_another(context: Context) -> None:
     both = threading.Barrier(2, timeout=5)
     busy = {"smtp_out": threading.Lock(), "smtp_in": threading.Lock()}
