@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from shlex import quote
 
 import dns.flags
 import dns.rcode
@@ -199,21 +200,28 @@ def _drifts(ctx: Context, machine: LabMachine) -> list[str]:
 @contextmanager
 def _by_hand(machine: LabMachine, ways: dict[str, str]) -> Iterator[None]:
     """Change a file's content, another's mode, and take a third away; put all back."""
-    for path in ways.values():
-        machine.run("cp", "-p", "--", path, f"{path}.verify-kept")
+    keep, change, restore = [], [], []
+    for way, path in ways.items():
+        file, kept = quote(path), quote(f"{path}.verify-kept")
+        keep.append(f"cp -p -- {file} {kept}")
+        restore.append(f"mv -f -- {kept} {file}")
+        match way:
+            case "content":
+                change.append(f"echo >>{file}")
+            case "mode":
+                change.append(f"chmod g+w -- {file}")
+            case _:
+                change.append(f"rm -- {file}")
+
+    def do(commands: list[str]) -> None:
+        machine.run("sh", "-c", "; ".join(["set -e", *commands]))
+
+    do(keep)
     try:
-        for way, path in ways.items():
-            match way:
-                case "content":
-                    machine.run("sh", "-c", 'printf "\\n" >>"$1"', "sh", path)
-                case "mode":
-                    machine.run("chmod", "g+w", path)
-                case _:
-                    machine.run("rm", "--", path)
+        do(change)
         yield
     finally:
-        for path in ways.values():
-            machine.run("mv", "-f", "--", f"{path}.verify-kept", path)
+        do(restore)
 
 
 class Tier:

@@ -182,7 +182,7 @@ def _all_reach(ctx: Context, member: str) -> float:
     return time.monotonic()
 
 
-@check("EDGE-2", quick=True)
+@check("EDGE-2", quick=True, long=True)
 def clients_are_known(ctx: Context) -> str:
     """The real client address reaches logs and mail; nobody else may claim one."""
     lab = ctx.lab
