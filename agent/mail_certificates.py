@@ -56,6 +56,8 @@ CONNECT_SECONDS, ANSWER_SECONDS = 10, 10
 #: The agent gives a restarted unit 15 s; two holders that do not answer cost 4 s a round. TCP
 #: repeats a first packet that got lost after one second.
 START_CONNECT_SECONDS, START_SECONDS = 2, 4.0
+#: A new holder that was alone when it started does not ask the other one again within so long.
+ALONE_SECONDS = 30.0
 #: A host that has a certificate and hears of no holder for so long says so by a failed unit.
 SILENCE_SECONDS = 600.0
 #: How long the first holder waits for the second one's order, and how often it looks.
@@ -237,6 +239,7 @@ class Store:
         self.copy = self.folder / "certificate.pem"
         self.due = self.folder / "reload.json"
         self.heard = self.folder / "heard"
+        self.alone = self.folder / "alone"
 
     def live(self, path: str) -> Path:
         return self.root / path.lstrip("/")
@@ -567,8 +570,10 @@ def start(store: Store) -> None:
     if own is not None and store.in_place(own):
         return
     until = time.monotonic() + START_SECONDS
-    while pull(store, own, START_CONNECT_SECONDS).best is None:
+    while (found := pull(store, own, START_CONNECT_SECONDS)).best is None:
         if store.settings.issuing is not None:
+            if not (found.answered or found.busy):
+                store.alone.touch()
             return
         if time.monotonic() > until:
             holders = " and ".join(h.name for h in store.settings.holders)
@@ -642,12 +647,21 @@ def _other_done(store: Store) -> Round:
     issuing = store.settings.issuing
     until = time.monotonic() + BUSY_SECONDS
     own = store.current()
+    if own is None and _is_alone(store):
+        return Round(None, (), (), ())
     # On a new platform the other one is not there yet.
     found = pull(store, own, CONNECT_SECONDS if own else START_CONNECT_SECONDS)
     while found.busy and issuing is not None and issuing.first and time.monotonic() < until:
         time.sleep(BUSY_PAUSE)
         found = pull(store, found.best)
     return found
+
+
+def _is_alone(store: Store) -> bool:
+    """Whether the other holder was away when this one started, a moment ago."""
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - store.alone.stat().st_mtime < ALONE_SECONDS
+    return False
 
 
 def order(store: Store) -> str:

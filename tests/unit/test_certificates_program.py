@@ -455,6 +455,26 @@ def test_a_replaced_holder_takes_the_others_copy(
     assert holder.current() == program.read(text(issued))
 
 
+def test_a_new_holder_that_is_alone_asks_for_the_other_once(
+    tmp_path: Path,
+    authority: Authority,
+    issued: Issued,
+    answers: Answers,
+    ordered: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    holder = make(holding(first=True), tmp_path, authority, monkeypatch)
+    program.start(holder)
+    answers["two"] = text(issued)
+    program.issue(holder)
+    assert ordered == ["order"]
+    holder.copy.unlink()
+    os.utime(holder.alone, (0, 0))
+    program.issue(holder)
+    assert ordered == ["order"]
+    assert holder.current() == program.read(text(issued))
+
+
 @pytest.mark.parametrize(
     ("answer", "orders"),
     [
