@@ -141,6 +141,16 @@ class Session(imaplib.IMAP4):
                 found.append((int(uid[1]), row[1]))
         return found
 
+    def make(self, folder: str) -> None:
+        """Make a folder. Where a sync finds it half made, it may be the sync that makes it.
+
+        Raises:
+            Failed: It is not there afterwards.
+        """
+        answer = self.create(folder)
+        if answer[0] != "OK" and folder not in {found.name for found in self.folders()}:
+            self.told("CREATE", answer)
+
     def look_into(self, folder: str, *, readonly: bool = True) -> None:
         """Open a folder; without ``readonly`` to change it.
 

@@ -390,7 +390,7 @@ def _follow_folder(
         found = re.search(rb"MESSAGES (\d+)", data[0] or b"")
         return int(found[1]) if found else -1
 
-    act.told("CREATE", act.create(folder))
+    act.make(folder)
     _seen(f"{at}: a new folder", lags.others, lambda: folder in names())
     act.told("SUBSCRIBE", act.subscribe(folder))
     _seen(f"{at}: a subscription", lags.others, lambda: _subscribed(look, folder))
@@ -405,7 +405,7 @@ def _follow_folder(
     act.told("STORE", act.store("1", "+FLAGS", "(probed)"))
     _seen(f"{at}: a keyword", lags.others, lambda: b"probed" in fetched("(FLAGS)"))
     look.close()
-    act.told("CREATE", act.create(other))
+    act.make(other)
     _seen(f"{at}: another folder", lags.others, lambda: other in names())
     act.told("MOVE", act.xatom("MOVE", "1", other))
     _seen(f"{at}: a move", lags.others, lambda: (count(folder), count(other)) == (0, 1))
@@ -578,7 +578,7 @@ def _own_script_runs(
     expect(reply.verdict == "OK", f"a script is refused: {reply.text}")
     try:
         scripts.activate(name)
-        session.told("CREATE", session.create(tag))
+        session.make(tag)
         for mail, where in ((_tagged(mails["mine"]), folder), (mails["tag"], tag)):
             hand_over(ctx, replica, mail)
             keywords = _filed(session, where, mail)
@@ -734,7 +734,7 @@ def _limited(ctx: Context) -> Mailbox:
 def _filled(session: imap.Session, box: Mailbox) -> Iterator[str]:
     """The mailbox is full: its owner put too much into a folder of its own."""
     folder = f"probe-{secrets.token_hex(6)}"
-    session.told("CREATE", session.create(folder))
+    session.make(folder)
     try:
         content = letter("owner@probe.invalid", "owner@probe.invalid").content
         line = b"x" * 76 + b"\r\n"
@@ -936,7 +936,7 @@ class Work:
         """Make the folders, and mails that both replicas have."""
         with direct(self._ctx, replicas(self._ctx)[0]).enter(self._ctx, self.owner) as session:
             for name in (self.folder, self._moved):
-                session.told("CREATE", session.create(name))
+                session.make(name)
             for _ in range(self.COMMON):
                 mail = mail_for(self._ctx, self.owner)
                 session.told("APPEND", session.append(self.folder, "", "", mail.content))
