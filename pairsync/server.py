@@ -36,6 +36,10 @@ _GREETING_SECONDS = 5.0
 _TURN_SECONDS = 2.0
 _STRANGERS = 16
 _SLACK_SECONDS = 2.0
+_ON_ITS_WAY_SECONDS = 32.0
+"""The peer, which is to give up first, is patient for what it has sent, also for what has not come
+yet: the buffers between may have megabytes of it (pairsync.relay.patience).
+"""
 _WORD_SECONDS = 2.0
 _ENDS_SECONDS = 2.0
 _REPAIR_SECONDS = 60.0
@@ -291,7 +295,7 @@ class Server:
         seconds: float,
     ) -> bool:
         carrying = asyncio.create_task(relay(local, link, traffic))
-        waiting = asyncio.create_task(silence(traffic, seconds))
+        waiting = asyncio.create_task(silence(traffic, seconds + _ON_ITS_WAY_SECONDS))
         try:
             await asyncio.wait((carrying, waiting), return_when=asyncio.FIRST_COMPLETED)
             return carrying.done() and carrying.result()

@@ -183,7 +183,7 @@ def stopped_run(pair: Pair, user: str) -> Iterator[None]:
         number = 0
         while not stop.is_set():
             number += 1
-            pair.a.deliver(user, f"{user}-{number}", size=200_000)
+            pair.a.deliver(user, f"{user}-{number}", size=50_000)
 
     busy = threading.Thread(target=change)
     busy.start()
