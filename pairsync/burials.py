@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 
 from pairsync import history
-from pairsync.doveadm import Doveadm, uid_set
+from pairsync.doveadm import Doveadm, mails_of, uid_set
 from pairsync.history import Life, Mail
 from pairsync.repair import Mailbox, Plan, mend
 from pairsync.state import States
@@ -85,8 +85,8 @@ class Burials:
         found = await asyncio.to_thread(_copies, paths, since, self._states.doubles(user))
         for folder, copies in found.items():
             which = uid_set(uid for uid, _ in copies)
-            query = ("mailbox", names[folder], "mailbox-guid", folder, "uid", which)
-            rows = await self._doveadm.rows(user, 2, "fetch", "uid guid", *query)
+            query = mails_of(names[folder], folder, which)
+            rows = await self._doveadm.fetch(user, "uid guid", *query)
             left = [Life(int(uid), guid, is_there=True) for uid, guid in rows]
             box = Mailbox({folder: left}, names)
             await mend(self._doveadm, self._states, user, box, Plan({folder: copies}, {}))

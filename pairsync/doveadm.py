@@ -9,6 +9,8 @@ gives the state of a run that saw changes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import json
 import struct
 from collections.abc import Iterable, Sequence
@@ -23,6 +25,7 @@ _ERRORS = "\x04\x05\x06"
 _CONNECT_SECONDS = 5.0
 _LIMIT = 1 << 20
 _PATHS = 50_000
+_GUID = 16
 _ESCAPES = {"\x01": "\x011", "\t": "\x01t", "\r": "\x01r", "\n": "\x01n"}
 
 
@@ -101,6 +104,19 @@ class Doveadm:
             raise error(f"doveadm {words[0]} for {user}: {reply.log or reply.code}")
         columns = [reply.values[at::width] for at in range(width)]
         return list(zip(*columns, strict=False))
+
+    async def fetch(self, user: str, fields: str, *query: str) -> list[tuple[str, ...]]:
+        """Fields of the mails that a query finds, GUIDs as :func:`guid_of` gives them.
+
+        Raises :class:`DovecotError`.
+        """
+        names = fields.split()
+        # Else a folder whose name begins with a dash would be an option.
+        rows = await self.rows(user, len(names), "fetch", "--", fields, *query)
+        if "guid" not in names:
+            return rows
+        at = names.index("guid")
+        return [(*row[:at], guid_of(row[at]), *row[at + 1 :]) for row in rows]
 
     async def folders(self, user: str, *names: str) -> dict[str, str]:
         """Folder (its GUID) -> its name. Raises :class:`DovecotError`.
@@ -197,6 +213,25 @@ def _ending(output: bytearray) -> str | None:
 def _errors(log: str) -> str:
     lines = [line[1:] for line in log.splitlines() if line[:1] and line[0] in _ERRORS]
     return " / ".join(lines[-3:])
+
+
+def mails_of(name: str, folder: str, uids: str = "") -> tuple[str, ...]:
+    """A query for the mails of a folder, or for some of them.
+
+    By its name, for by its GUID alone Dovecot looks into every folder, and there may be another one
+    of that for a while (:mod:`pairsync.renames`).
+    """
+    return ("mailbox", name, "mailbox-guid", folder, *(("uid", uids) if uids else ()))
+
+
+def guid_of(mail: str) -> str:
+    """A mail's GUID as Dovecot's logs have it: a digest where it has another form, as that of a
+    mail that was taken from a Maildir (mail_generate_guid_128_hash, Dovecot 2.4).
+    """
+    with contextlib.suppress(ValueError):
+        if len(mail) == 2 * _GUID:
+            return bytes.fromhex(mail).hex()
+    return hashlib.sha1(mail.encode(), usedforsecurity=False).digest()[-_GUID:].hex()
 
 
 def uid_set(uids: Iterable[int]) -> str:

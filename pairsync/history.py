@@ -179,6 +179,25 @@ def from_there(history: History) -> set[int]:
     return found
 
 
+def put_by_users(history: History, logs: Sequence[bytes], copied: Iterable[Mail]) -> set[str]:
+    """Mails (their GUIDs) that are in a folder because a user put them there.
+
+    ``copied``: what is in the folder that dsync has copied, with its UIDs: of a mail that is there
+    too, and of which the logs do not tell any more, dsync has made this one.
+    """
+    unclear, _ = repaired(logs)
+    told, same = appends(logs), set(copied)
+    lives = {life.uid: life for life in history}
+
+    def is_put(life: Life) -> bool:
+        before = [lives[uid] for uid in life.before if uid in lives]
+        if before or life.by_dsync or life.uid in unclear:
+            return any(map(is_put, before))
+        return life.uid in told or (life.uid, life.guid) not in same
+
+    return {life.guid for life in history if life.is_there and is_put(life)}
+
+
 def unseen(
     logs: Sequence[bytes], present: Sequence[Mail], brought: Set[int], had: int | None
 ) -> list[int]:

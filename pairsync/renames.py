@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from pairsync import changelog, history, notify, repair
-from pairsync.doveadm import Doveadm, DovecotError, NoUser, Reply, uid_set
+from pairsync.doveadm import Doveadm, DovecotError, NoUser, Reply, mails_of, uid_set
 from pairsync.markers import user_name
 from pairsync.state import States
 from pairsync.told import (
     INBOX,
     NOTHING,
     Change,
+    Named,
     Standing,
     Told,
     add,
@@ -45,6 +46,7 @@ _SECONDS = 20.0
 _SEEN, _ASKED, _LISTS = 500, 1000, 3
 _CLOSE = 5.0
 """By so many seconds Dovecot's time of a deletion may differ from the hook's."""
+_SLACK = 1.0
 _TRIES = 8
 """So many runs in a row are begun for folders that stay, and then no more: something else is wrong
 with them."""
@@ -78,8 +80,9 @@ class Renames:
         """
         self._kept: dict[str, dict[str, tuple[int, list[str]]]] = {}
         """User -> folder (its GUID) -> UID below which nothing is unseen, and what was carried."""
-        self._seen: dict[str, dict[str, str]] = {}
-        """User -> name of a folder that was there lately -> its GUID."""
+        self._seen: dict[str, dict[str, Named]] = {}
+        """User -> name of a folder that was there lately -> its GUID, and since when this is known.
+        """
         self._tries: dict[str, int] = {}
         """User -> how many runs that ended well were begun for a folder that stays."""
 
@@ -128,8 +131,7 @@ class Renames:
             # dsync may be at work: whoever looks into a folder that it is just making keeps it
             # from giving that the GUID that the folder has on the other server.
             names = await self._names(user, *(() if look else only))
-            # What was told meanwhile is not in the state any more.
-            known, missing = add(self.known(user), changes, names, seen)
+            _, missing = add(self.known(user), changes, names, seen)
             if not missing:
                 break
         origins, gone = follow(changes, seen)
@@ -138,19 +140,27 @@ class Renames:
             # Whatever is there, under any name, has not been deleted.
             there = await self._names(user)
             guessed = {guid: at for guid, at in guessed.items() if guid not in there}
-            known, _ = add(self.known(user), changes, names, seen)
         back = {
             guid: at
             for guid, at in gone.items()
             if guid not in deleted and await self._is_back(user, guid, names.get(guid, ""), at)
         }
+        # What was told meanwhile is not in the state any more.
+        known, _ = add(self.known(user), changes, names, seen)
         known.gone.update(guessed | deleted | back)
         self._remember(user, known)
-        for name in concerned - set(names.values()):
-            # What has been renamed or deleted since is known by this when that is learned.
-            self._seen[user].pop(name, None)
-            if origins.get(name):
-                self._seen[user][name] = origins[name]
+        for name in concerned:
+            guid, at = origins.get(name, ("", 0.0))
+            if name in names.values():
+                listed, _ = self._seen[user][name]
+                if name in origins and guid in ("", listed):
+                    # A user gave it that name before it was listed.
+                    self._seen[user][name] = (listed, at)
+            elif guid:
+                # What has been renamed or deleted since is known by this when that is learned.
+                self._seen[user][name] = (guid, at)
+            else:
+                self._seen[user].pop(name, None)
         return known
 
     async def carry_out(
@@ -228,29 +238,46 @@ class Renames:
         GUID, and gives it another one only when it begins anew. Until then neither Dovecot nor a
         log tells which of the two a mail is in.
         """
-        given = {guid: name for guid, (name, _) in latest(mine, theirs).items()}
-        left = {name for told in (mine, theirs) for name, (guid, _) in told.left.items() if guid}
+        both = (mine, theirs)
+        left = {name for told in both for name, (guid, _) in told.left.items() if guid}
         if not left:
             return
-        asked = sorted({*left, *given.values()})
+        given = {name for told in both for name, _ in told.renamed.values()}
+        asked = sorted(left | given)
         # To open a folder is to be in the way of who deletes it, so only those are that seem to be
         # two of one GUID.
         listed = await self._listed(user, *asked)
         if seeming := [name for names in _twins(listed).values() for name in names]:
             statuses = await _limited(user, self._doveadm.statuses(user, *seeming))
-            await self._tell_apart(user, given, _twins((name, guid) for name, _, guid in statuses))
+            twins = _twins((name, guid) for name, _, guid in statuses)
+            for guid, names in twins.items():
+                kept = await self._renamed_one(user, guid, names, mine, theirs)
+                for name in sorted({*names} - {kept}):
+                    which = ("-g", secrets.token_hex(16), "--", name)
+                    await self._rows(user, 1, "mailbox update", *which)
+                    notify.log(notify.INFO, f"{user}: {name} is told from {kept} now")
 
-    async def _tell_apart(
-        self, user: str, given: Mapping[str, str], twins: Mapping[str, Sequence[str]]
-    ) -> None:
-        """``given``: folder (its GUID) -> the name that it was given last."""
-        for guid, names in twins.items():
-            # dsync leaves it to the last one too.
-            kept = given[guid] if given.get(guid) in names else max(names)
-            for name in sorted({*names} - {kept}):
-                which = ("-g", secrets.token_hex(16), "--", name)
-                await self._rows(user, 1, "mailbox update", *which)
-                notify.log(notify.INFO, f"{user}: {name} is told from {kept} now")
+    async def _renamed_one(
+        self, user: str, guid: str, names: Sequence[str], mine: Told, theirs: Told
+    ) -> str:
+        """Which of the folders (their names) of one GUID is none that dsync made.
+
+        As their logs tell, if they do: what dsync made is younger than the rename.
+        """
+        both = (mine, theirs)
+        old = []
+        for name in names:
+            left = [told.left[name] for told in both if name in told.left]
+            since = [at for origin, at in left if origin == guid]
+            logs = await self._read_logs(user, guid, name)
+            # Its log may have begun in the second before, and the hook tells a bit later.
+            if not since or not history.is_made_since(logs, min(since) - _SLACK):
+                old.append(name)
+        given = {told.renamed[guid] for told in both if guid in told.renamed}
+        last_given = [n for n, _ in sorted(given, key=lambda named: named[1]) if n in names]
+        # dsync leaves the GUID to the last one by its letters.
+        choices = [name for name in (*sorted(names), *last_given) if name in (old or names)]
+        return choices[-1]
 
     async def _give_names(self, user: str, mine: Told, theirs: Told) -> dict[str, str]:
         """Give folders the names that they were given last; returns which have which then.
@@ -428,7 +455,7 @@ class Renames:
         ``known``: such mails (GUIDs) of the other one.
         """
         fields = "uid guid date.saved.unixtime"
-        rows = await self._rows(user, 3, "fetch", fields, *_mails_of(name, guid))
+        rows = await self._fetch(user, fields, name, guid)
         lives = history.read(await self._read_logs(user, guid, name), _present(rows))
         carried = {life.uid for life in lives if life.by_dsync and not life.before}
         carried &= {life.uid for life in lives if life.guid in known}
@@ -440,7 +467,7 @@ class Renames:
             if when < second or (when == second and uid in carried)
         ]
         if older:
-            await self._run(user, "expunge", *_mails_of(name, guid), "uid", uid_set(older))
+            await self._run(user, "expunge", "--", *mails_of(name, guid, uid_set(older)))
 
     async def _keep_unseen(
         self,
@@ -475,7 +502,7 @@ class Renames:
                 continue
             at, name = int(theirs.gone[guid]), names[guid]
             fields = "uid guid date.saved.unixtime"
-            rows = await self._rows(user, 3, "fetch", fields, *_mails_of(name, guid))
+            rows = await self._fetch(user, fields, name, guid)
             logs = await self._read_logs(user, guid, name)
             brought = history.from_there(history.read(logs, _present(rows)))
             if unseen := history.unseen(logs, _present(rows), brought, had.get(guid)):
@@ -495,8 +522,7 @@ class Renames:
         if nexts:
             above = ("-N", str(nexts[0] + _APART), "--", target)
             await self._rows(user, 1, "mailbox update", *above)
-        which = (*_mails_of(name, guid), "uid", uid_set(uids))
-        await self._rows(user, 1, "move", "--", target, *which)
+        await self._rows(user, 1, "move", "--", target, *mails_of(name, guid, uid_set(uids)))
 
     async def _read_logs(self, user: str, guid: str, name: str) -> list[bytes]:
         index = await _limited(user, self._doveadm.index(user, name, guid))
@@ -525,7 +551,7 @@ class Renames:
         for guid, (origin, first) in unwanted.items():
             if (name := names.get(guid)) is None:
                 continue
-            rows = await self._rows(user, 2, "fetch", "uid guid", *_mails_of(name, guid))
+            rows = await self._fetch(user, "uid guid", name, guid)
             logs = await self._read_logs(user, guid, name)
             brought = history.from_there(history.read(logs, _present(rows)))
             unseen = history.unseen(logs, _present(rows), brought, had.get(guid))
@@ -546,19 +572,18 @@ class Renames:
         folder has as well may just have been taken out of that.
         """
         name, guid = relic
-        rows = await self._rows(user, 2, "fetch", "uid guid", *_mails_of(name, guid))
+        rows = await self._fetch(user, "uid guid", name, guid)
         logs = await self._read_logs(user, guid, name)
-        unclear, _ = history.repaired(logs)
-        lives = [life for life in history.read(logs, _present(rows)) if life.is_there]
-        put = sorted({life.guid for life in lives if not life.by_dsync and life.uid not in unclear})
+        mails = _present(await self._fetch(user, "uid guid", *target))
+        renumbered = self._states.renumbered(user).get(guid, set())
+        lives = history.linked(history.read(logs, _present(rows)), renumbered)
+        put = sorted(history.put_by_users(lives, logs, mails))
         others = {*put, *(there.put.get(name, ()) if there else ())}
-        mails = await self._rows(user, 1, "fetch", "guid", *_mails_of(*target))
-        known = {mail for (mail,) in mails} - others
+        known = {mail for _, mail in mails} - others
         copies = [int(uid) for uid, mail in rows if mail in known]
         moved = [int(uid) for uid, mail in rows if mail not in known]
         if copies:
-            which = (*_mails_of(name, guid), "uid", uid_set(copies))
-            await self._run(user, "expunge", *which)
+            await self._run(user, "expunge", "--", *mails_of(name, guid, uid_set(copies)))
         if moved and there is not None:
             # What is not moved stays in there, and so does the folder.
             with contextlib.suppress(DovecotError):
@@ -571,10 +596,14 @@ class Renames:
         ``only``: names that matter; there may be others among the answer.
         """
         names = {guid: name for name, guid in await self._listed(user, *only)}
-        seen = {name: g for name, g in self._seen.get(user, {}).items() if g not in names}
+        known, now = self._seen.get(user, {}), time.time()
+        seen = {name: (guid, at) for name, (guid, at) in known.items() if guid not in names}
         if len(seen) > _SEEN and not only:
             seen.clear()
-        self._seen[user] = seen | {name: guid for guid, name in names.items()}
+        for guid, name in names.items():
+            was, at = known.get(name, ("", now))
+            seen[name] = (guid, at if was == guid else now)
+        self._seen[user] = seen
         return names
 
     async def _listed(self, user: str, *only: str) -> list[tuple[str, str]]:
@@ -589,6 +618,10 @@ class Renames:
                 if not tries_left:
                     raise
         return []
+
+    async def _fetch(self, user: str, fields: str, name: str, guid: str) -> list[tuple[str, ...]]:
+        """Fields of each mail of a folder."""
+        return await _limited(user, self._doveadm.fetch(user, fields, *mails_of(name, guid)))
 
     async def _rows(self, user: str, width: int, *words: str) -> list[tuple[str, ...]]:
         return await _limited(user, self._doveadm.rows(user, width, *words))
@@ -612,11 +645,6 @@ async def _limited(user: str, work: Awaitable[T]) -> T:
             return await work
     except TimeoutError:
         raise DovecotError(f"doveadm for {user}: no answer") from None
-
-
-def _mails_of(name: str, guid: str) -> tuple[str, ...]:
-    """A query for the mails of a folder: for its GUID alone, Dovecot looks into every folder."""
-    return "mailbox", name, "mailbox-guid", guid
 
 
 def _present(rows: Iterable[Sequence[str]]) -> list[history.Mail]:

@@ -26,7 +26,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pairsync import history, notify
-from pairsync.doveadm import Doveadm, DovecotError, uid_set
+from pairsync.doveadm import Doveadm, DovecotError, mails_of, uid_set
 from pairsync.history import History, Life, Mail
 from pairsync.state import States
 
@@ -45,7 +45,6 @@ Uids = Mapping[str, Set[int]]
 _VERSION = 1
 _HEADER, _CHECKSUM = 4, 4
 _MAILBOX = struct.Struct("<16sIIQQI")
-_FIELDS = ("mailbox-guid", "uid", "guid")
 _LOOKS = 5
 
 
@@ -402,7 +401,7 @@ async def look(doveadm: Doveadm, states: States, user: str) -> Mailbox:
 
 
 async def _look(doveadm: Doveadm, states: States, user: str) -> Mailbox:
-    rows = await doveadm.rows(user, 3, "fetch", " ".join(_FIELDS), "all")
+    rows = await doveadm.fetch(user, "mailbox-guid uid guid", "all")
     # Only then the logs: what is taken away meanwhile is neither in the list nor unexplained.
     unread = names = await doveadm.folders(user)
     doubles, renumbered = states.doubles(user), states.renumbered(user)
@@ -496,21 +495,19 @@ async def _in_folder(
 ) -> str:
     """Expunge mails of a folder, or move them to its end; returns the name that it had.
 
-    By its name: another folder may have its GUID for a while (:meth:`Renames._part`). And for the
-    GUID alone Dovecot looks into every folder. Raises :class:`DovecotError`.
+    Raises :class:`DovecotError`.
     """
     for _ in range(_LOOKS):
-        query = ("mailbox", name, "mailbox-guid", folder, "uid", which)
-        target = ("--", name) if command == "move" else ()
-        reply = await doveadm.run(user, command, *target, *query)
+        target = (name,) if command == "move" else ()
+        reply = await doveadm.run(user, command, "--", *target, *mails_of(name, folder, which))
         there = await doveadm.folders(user, name)
         if there.get(folder) == name:
             if reply.code:
                 raise DovecotError(f"doveadm {command} for {user}: {reply.log or reply.code}")
             return name
-        # It was renamed meanwhile.
+        # It was renamed meanwhile. If it was deleted, the next comparison does not see it.
         name = (await doveadm.folders(user)).get(folder, name)
-    raise DovecotError(f"{user}: {name} is renamed all the time while mails in it are seen to")
+    raise DovecotError(f"{user}: {name} was renamed or deleted while mails in it were seen to")
 
 
 async def _pass_over(
@@ -525,6 +522,6 @@ async def _pass_over(
         return set()
     which = ("-N", str(used + 1), "--", box.names[folder])
     await doveadm.rows(user, 1, "mailbox update", *which)
-    query = ("mailbox", box.names[folder], "mailbox-guid", folder, "uid", f"{last + 1}:{used}")
-    rows = await doveadm.rows(user, 2, "fetch", "uid guid", *query)
+    query = mails_of(box.names[folder], folder, f"{last + 1}:{used}")
+    rows = await doveadm.fetch(user, "uid guid", *query)
     return {(int(uid), guid) for uid, guid in rows}

@@ -130,7 +130,7 @@ class Scripts:
             self._deleting.add((user, name))
             try:
                 self._states.of(user).scripts.pop(name, None)
-                reply = await self._doveadm.run(user, "sieve delete", "-a", name)
+                reply = await self._doveadm.run(user, "sieve delete", "-a", "--", name)
             finally:
                 self._deleting.discard((user, name))
             if reply.code and path.exists():

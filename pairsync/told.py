@@ -133,11 +133,11 @@ def add(
     known: Told,
     changes: Sequence[Change],
     names: Mapping[str, str],
-    seen: Mapping[str, str] = MappingProxyType({}),
+    seen: Mapping[str, Named] = MappingProxyType({}),
 ) -> tuple[Told, bool]:
     """``known`` with ``changes``, and whether folders of which they tell are not there.
 
-    ``names``: GUID -> name now; ``seen``: name lately -> GUID, of folders that may be gone.
+    ``names``: GUID -> name now; ``seen``: as for :func:`follow`.
     """
     guids = {name: guid for guid, name in names.items()}
     origins, _ = follow(changes, seen)
@@ -169,7 +169,8 @@ def add(
         if found is None:
             missing = True
             # Where it is gone, what the peer has of it has an earlier name.
-            found = origins[name] if origins[name] not in names else None
+            origin, _ = origins.get(name, ("", 0.0))
+            found = origin if origin not in names else None
         if found:
             renamed[found] = (name, last.at)
             left |= {c.old: (found, c.at) for c in chain if made.get(c.old, 0.0) < c.at}
@@ -177,20 +178,26 @@ def add(
 
 
 def follow(
-    changes: Iterable[Change], seen: Mapping[str, str]
-) -> tuple[dict[str, str], dict[str, float]]:
+    changes: Iterable[Change], seen: Mapping[str, Named]
+) -> tuple[dict[str, Named], dict[str, float]]:
     """Which folder has a name after ``changes``, and which were deleted.
 
-    ``seen``: name -> GUID of folders that were there before. Returns name -> GUID, empty where that
-    is not known; and GUID -> when it was deleted.
+    ``seen``: name -> GUID of a folder that had it, and since when this is known; what was seen only
+    after a change is not what that tells of. Returns the same, the GUID empty where it is not
+    known; and GUID -> when it was deleted.
     """
-    origins, gone = dict(seen), {}
+    origins: dict[str, Named] = {}
+    gone: dict[str, float] = {}
+    later = sorted(seen.items(), key=lambda known: known[1][1], reverse=True)
     for change in changes:
-        origin = origins.pop(change.old, "")
+        while later and later[-1][1][1] < change.at:
+            origins.update([later.pop()])
+        guid, _ = origins.pop(change.old, ("", 0.0))
         if change.new:
-            origins[change.new] = origin
-        elif origin:
-            gone[origin] = change.at
+            origins[change.new] = (guid, change.at)
+        elif guid:
+            gone[guid] = change.at
+    origins.update(later)
     return origins, gone
 
 

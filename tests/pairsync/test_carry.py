@@ -223,11 +223,14 @@ def test_a_deleted_script_stays_deleted(pair: Pair, how: str) -> None:
         assert here.scripts(user) == there.scripts(user) == {}
 
 
-def test_a_script_deleted_while_the_daemon_is_down_stays_deleted(pair: Pair, user: str) -> None:
-    pair.a.put_script(user, "gone")
+@pytest.mark.parametrize("name", ["gone", "-x"])
+def test_a_script_deleted_while_the_daemon_is_down_stays_deleted(
+    pair: Pair, user: str, name: str
+) -> None:
+    pair.a.put_script(user, name)
     pair.wait_equal([user], 5)
     pair.a.kill_pairsync()
-    pair.a.sieve(user, 'DELETESCRIPT "gone"')
+    pair.a.sieve(user, f'DELETESCRIPT "{name}"')
     pair.b.deliver(user, f"{user}-meanwhile")
     pair.a.start_pairsync()
     pair.wait_equal([user])

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from pairsync.doveadm import Doveadm
+from pairsync import history
+from pairsync.doveadm import Doveadm, guid_of
 from pairsync.history import Life
-from pairsync.repair import Mailbox, Plan, mend
+from pairsync.repair import Mailbox, Plan, look, mend
 from pairsync.state import States
 from tests.pairsync.pair import SECRET, VMAIL, Pair, Server, wait_for
 
@@ -349,9 +350,9 @@ def test_runs_that_break_off_lose_no_mail(pair: Pair) -> None:
     assert_all_there(pair, sent)
 
 
-@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(("first", "old", "new"), [(0, "old", "new"), (1, "-x", "--new")])
 def test_what_comes_under_a_name_that_dsync_just_gave_back_stays_when_mails_are_compared(
-    pair: Pair, user: str, first: int
+    pair: Pair, user: str, first: int, old: str, new: str
 ) -> None:
     """Until dsync begins anew both folders have one GUID. In the renamed one a mail of the same UID
     was taken away before.
@@ -360,8 +361,8 @@ def test_what_comes_under_a_name_that_dsync_just_gave_back_stays_when_mails_are_
         pair.b.deliver(user, tag)
     with pair.b.imap(user) as imap:
         imap.select()
-        assert (imap.create("old")[0], imap.xatom("MOVE", "1", "old")[0]) == ("OK", "OK")
-        imap.select("old")
+        assert (imap.create(old)[0], imap.xatom("MOVE", "1", old)[0]) == ("OK", "OK")
+        imap.select(old)
         imap.store("1", "+FLAGS", "(\\Deleted)")
         assert imap.expunge() == ("OK", [b"1"])
     pair.wait_equal([user], 5)
@@ -370,18 +371,18 @@ def test_what_comes_under_a_name_that_dsync_just_gave_back_stays_when_mails_are_
     try:
         with pair.b.imap(user) as imap:
             imap.select()
-            assert imap.rename("old", "new")[0] == "OK"
-            status = f"doveadm mailbox status -u {user} guid new"
+            assert imap.rename(old, new)[0] == "OK"
+            status = f"doveadm mailbox status -u {user} guid -- {new}"
             guid = pair.b.shell(f"{status} | sed 's/.*=//'").strip()
-            pair.b.shell(f"doveadm mailbox create -u {user} old")
-            pair.b.shell(f"doveadm mailbox update -u {user} -g {guid} old")
-            assert imap.xatom("MOVE", "1", "old")[0] == "OK"
+            pair.b.shell(f"doveadm mailbox create -u {user} -- {old}")
+            pair.b.shell(f"doveadm mailbox update -u {user} -g {guid} -- {old}")
+            assert imap.xatom("MOVE", "1", old)[0] == "OK"
     finally:
         for server in (pair.both[first], pair.both[1 - first]):
             server.start_pairsync()
     assert_all_there(pair, {user: ["after"]})
     folders = pair.b.contents(user)["folders"]
-    assert (len(folders["new"]), "old" in folders) == (1, False)
+    assert (len(folders[new]), old in folders) == (1, False)
 
 
 def test_a_change_outlives_a_killed_daemon(pair: Pair, user: str) -> None:
@@ -484,3 +485,53 @@ def test_a_mail_that_was_left_out_gets_a_uid_that_the_other_server_never_gave(
         for server in pair.both:
             server.start_pairsync()
     assert_all_there(pair, {user: ["one", "two", "meanwhile"]})
+
+
+def test_a_comparison_sees_to_a_folder_whose_name_looks_like_an_option(
+    pair: Pair, user: str, tmp_path: Path
+) -> None:
+    name = "-x"
+    with pair.a.imap(user) as imap:
+        imap.create(name)
+        for tag in ("gone", "left", "stays"):
+            imap.append(name, "", "", f"Message-ID: <{tag}@x>\r\n\r\n".encode())
+    pair.wait_equal([user], 5)
+    for server in pair.both:
+        server.kill_pairsync()
+    try:
+        doveadm, states = Doveadm(pair.a.path("/run/dovecot/pairsync")), States(tmp_path)
+        box = asyncio.run(look(doveadm, states, user))
+        (folder,) = (guid for guid, known in box.names.items() if known == name)
+        gone, left, stays = sorted(box.here(folder))
+        used = stays[0] + 30
+        plan = Plan({folder: [gone]}, {folder: [left[0]]}, used={folder: used})
+        assert asyncio.run(mend(doveadm, states, user, box, plan)) == 1
+        found = [(int(m[0]), m[3]) for m in pair.a.contents(user)["folders"][name]]
+        assert found == [(stays[0], "<stays@x>"), (used + 1, "<left@x>")]
+    finally:
+        for server in pair.both:
+            server.start_pairsync()
+    pair.wait_equal([user])
+    assert len(pair.b.contents(user)["folders"][name]) == 2
+
+
+def test_a_mail_that_was_taken_from_a_maildir_is_known_as_its_folders_log_has_it(
+    pair: Pair, user: str
+) -> None:
+    pair.a.kill_pairsync()
+    try:
+        maildir = f"/var/dovecot/{user}-maildir"
+        pair.a.shell(
+            f"mkdir -p {maildir}/cur {maildir}/new {maildir}/tmp"
+            f" && printf 'Message-ID: <old@x>\\r\\n\\r\\n' > '{maildir}/cur/1.M2P3.host:2,S'"
+            f" && chown -R vmail: {maildir} && doveadm sync -1 -R -u {user} maildir:{maildir}"
+        )
+        doveadm = Doveadm(pair.a.path("/run/dovecot/pairsync"))
+        ((mail,),) = asyncio.run(doveadm.rows(user, 1, "fetch", "guid", "mailbox", "INBOX"))
+        assert mail == "1.M2P3.host"
+        index = pair.a.path(str(asyncio.run(doveadm.index(user, "INBOX"))))
+        assert [life.guid for life in history.read(history.logs_of(index), ())] == [guid_of(mail)]
+        assert asyncio.run(doveadm.fetch(user, "guid", "mailbox", "INBOX")) == [(guid_of(mail),)]
+    finally:
+        pair.a.start_pairsync()
+    pair.wait_equal([user])

@@ -61,7 +61,7 @@ def burials(tmp_path: Path, dovecot: Dovecot) -> Burials:
     return Burials(dovecot, states)
 
 
-GONE = [("expunge", "mailbox", "INBOX", "mailbox-guid", FOLDER, "uid", "7")]
+GONE = [("expunge", "--", "mailbox", "INBOX", "mailbox-guid", FOLDER, "uid", "7")]
 
 
 def test_a_copy_is_deleted_when_dsync_has_ended(tmp_path: Path, dovecot: Dovecot) -> None:

@@ -222,8 +222,8 @@ class FakeDoveadm(Doveadm):
         self._homes = homes
 
     async def run(self, user: str, *words: str) -> Reply:
-        assert words[:2] == ("sieve delete", "-a")
-        (self._homes / user / "sieve" / f"{words[2]}.sieve").unlink()
+        assert words[:3] == ("sieve delete", "-a", "--")
+        (self._homes / user / "sieve" / f"{words[3]}.sieve").unlink()
         return Reply("", ("",), "")
 
 

@@ -24,13 +24,14 @@ from pairsync.told import (
     Standing,
     Told,
     add,
+    follow,
     given_at,
     latest,
     next_rename,
     read,
     relics,
 )
-from tests.index_logs import BEGAN, DSYNC, append, done, log
+from tests.index_logs import BEGAN, DSYNC, append, done, log, wish
 
 
 def test_a_rename_is_known_by_the_folder() -> None:
@@ -120,7 +121,7 @@ def test_a_renamed_folder_that_is_deleted_is_not_missed() -> None:
 
 
 def test_a_folder_that_is_deleted_before_its_rename_is_learned_is_known_by_what_was_seen() -> None:
-    seen = {"a": "G", "b": "H"}
+    seen = {"a": ("G", 0.5), "b": ("H", 0.5)}
     renamed, missing = add(NOTHING, [Change("a", "c", 1.0)], {}, seen)
     assert renamed == Told({"G": ("c", 1.0)}, {"a": ("G", 1.0)}, {"c": 1.0})
     assert missing
@@ -130,15 +131,15 @@ def test_a_folder_that_is_deleted_before_its_rename_is_learned_is_known_by_what_
 
 def test_a_name_that_another_folder_got_is_not_deleted_with_the_one_that_had_it() -> None:
     changes = [Change("a", "b", 1.0), Change("q", "a", 2.0), Change("b", "", 3.0)]
-    told, _ = add(NOTHING, changes, {"Q": "a"}, {"a": "G", "q": "Q"})
+    told, _ = add(NOTHING, changes, {"Q": "a"}, {"a": ("G", 0.5), "q": ("Q", 0.5)})
     assert told == Told({"Q": ("a", 2.0)}, {"b": ("", 3.0), "q": ("Q", 2.0)}, {"a": 2.0})
     made = [Change("a", "b", 1.0), Change("", "a", 2.0), Change("b", "", 3.0)]
-    told, _ = add(NOTHING, made, {"N": "a"}, {"a": "G"})
+    told, _ = add(NOTHING, made, {"N": "a"}, {"a": ("G", 0.5)})
     assert told == Told({}, {"b": ("", 3.0)}, {"a": 2.0})
 
 
 def test_a_folder_that_is_there_is_not_taken_for_one_that_is_gone() -> None:
-    told, missing = add(NOTHING, [Change("q", "c", 1.0)], {"X": "d"}, {"q": "X"})
+    told, missing = add(NOTHING, [Change("q", "c", 1.0)], {"X": "d"}, {"q": ("X", 0.5)})
     assert told.renamed == {}
     assert missing
 
@@ -146,9 +147,19 @@ def test_a_folder_that_is_there_is_not_taken_for_one_that_is_gone() -> None:
 @pytest.mark.parametrize("first", [Change("", "a", 1.0), Change("a", "", 1.0)])
 def test_another_folder_of_the_name_is_not_taken_for_what_was_seen(first: Change) -> None:
     changes = [first, Change("", "a", 2.0), Change("a", "c", 3.0)]
-    told, missing = add(NOTHING, changes, {}, {"a": "G"})
+    told, missing = add(NOTHING, changes, {}, {"a": ("G", 0.5)})
     assert told.renamed == {}
     assert missing
+
+
+def test_what_was_seen_only_after_a_change_is_not_what_that_tells_of() -> None:
+    """Else a folder that another server made anew would go with the one that was deleted."""
+    deleted = Change("a", "", 2.0)
+    assert follow([deleted], {"a": ("G", 1.0)}) == ({}, {"G": 2.0})
+    assert follow([deleted], {"a": ("G", 2.0)}) == ({"a": ("G", 2.0)}, {})
+    changes = [deleted, Change("", "a", 3.0), Change("a", "b", 5.0)]
+    assert follow(changes, {"a": ("H", 4.0)}) == ({"b": ("H", 5.0)}, {})
+    assert follow(changes, {"a": ("G", 1.0)}) == ({"b": ("", 5.0)}, {"G": 2.0})
 
 
 def test_a_folder_that_was_renamed_before_is_deleted_under_all_of_its_names() -> None:
@@ -218,6 +229,13 @@ def made(tmp_path: Path, dovecot: Dovecot) -> Renames:
     states.prepare()
     (tmp_path / "dirty").mkdir(exist_ok=True)
     return Renames([tmp_path / "dirty", tmp_path / "run"], states, dovecot)
+
+
+def saw(renames: Renames, at: float = 0.0) -> None:
+    """The folders were listed for the first time then."""
+    asyncio.run(renames._names("jane/x"))
+    known = renames._seen["jane/x"]
+    renames._seen["jane/x"] = {name: (guid, at) for name, (guid, _) in known.items()}
 
 
 def hook(tmp_path: Path, old: str, new: str, at: float) -> str:
@@ -360,7 +378,7 @@ def test_which_folder_was_deleted_is_known_without_dovecots_log(
     dovecot = Dovecot({GUID: "a"}, *lists)
     dovecot.inbox = deleted(tmp_path, OTHER, 1)
     renames = made(tmp_path, dovecot)
-    asyncio.run(renames._names("jane/x"))
+    saw(renames)
     renames.note(hook(tmp_path, "a", "", 20.5))
     told = asyncio.run(renames.learn("jane/x"))
     assert told.gone == ({} if is_there else {GUID: 20.5})
@@ -379,7 +397,7 @@ def test_a_deleted_folder_that_dsync_has_made_again_by_now_is_known_by_its_log(
     log_of_it = dovecot.inbox.parent / "a" / history.LOGS[-1]
     log_of_it.write_bytes(log(append(1, "0a" * 16, DSYNC), number=number))
     renames = made(tmp_path, dovecot)
-    asyncio.run(renames._names("jane/x"))
+    saw(renames)
     renames.began("jane/x")
     renames.note(hook(tmp_path, "a", "", BEGAN + at))
     told = asyncio.run(renames.learn("jane/x"))
@@ -388,7 +406,7 @@ def test_a_deleted_folder_that_dsync_has_made_again_by_now_is_known_by_its_log(
 
 def test_a_folder_that_is_renamed_and_deleted_is_known_by_its_first_name(tmp_path: Path) -> None:
     renames = made(tmp_path, Dovecot({GUID: "a"}, {}))
-    asyncio.run(renames._names("jane/x"))
+    saw(renames)
     renames.note(hook(tmp_path, "a", "b", 5.0))
     asyncio.run(renames.learn("jane/x"))
     renames.note(hook(tmp_path, "b", "", 6.0))
@@ -401,7 +419,7 @@ def test_what_is_in_no_list_for_a_moment_is_not_added_to_what_dsync_finds(tmp_pa
     log = tmp_path / "mdbox" / changelog.LOGS[-1]
     before = log.read_bytes()
     renames = made(tmp_path, dovecot)
-    asyncio.run(renames._names("jane/x"))
+    saw(renames)
     renames.note(hook(tmp_path, "a", "", 20.5))
     asyncio.run(renames.attest("jane/x", (), NOTHING))
     assert log.read_bytes() == before
@@ -449,7 +467,7 @@ def test_the_very_folder_that_was_deleted_here_goes_with_the_mails_that_were_in_
     mine = Told(left={"p/a": ("", 20.5)}, gone={GUID: 20.0})
     known = Standing(carried={GUID: [guids[2], guids[3]]})
     asyncio.run(renames.carry_out("jane", mine, theirs, known))
-    expunged = ("expunge", "mailbox", "p/a", "mailbox-guid", GUID, "uid", "1:2")
+    expunged = ("expunge", "--", "mailbox", "p/a", "mailbox-guid", GUID, "uid", "1:2")
     taken_away = ("mailbox delete", "-e", "--", "p/a")
     assert dovecot.did == ([expunged, taken_away] if goes else [])
 
@@ -469,7 +487,7 @@ def test_who_does_not_know_what_the_other_one_has_leaves_mails_of_the_second_alo
     renames._ended["jane"] = 21.0
     mine = Told(left={"a": ("", 20.5)}, gone={GUID: 20.0})
     stands = asyncio.run(renames.carry_out("jane", mine, NOTHING))
-    assert dovecot.did[0] == ("expunge", "mailbox", "a", "mailbox-guid", GUID, "uid", "1")
+    assert dovecot.did[0] == ("expunge", "--", "mailbox", "a", "mailbox-guid", GUID, "uid", "1")
     assert (stands.stay, stands.is_unsure) == (["a"], True)
     stands = asyncio.run(renames.carry_out("jane", mine, NOTHING, Standing()))
     assert (stands.stay, stands.is_unsure) == (["a"], False)
@@ -712,16 +730,45 @@ def test_what_dsync_made_with_the_guid_of_the_renamed_folder_gets_another(tmp_pa
     """Seen: a mail that was moved into it went with one that had been in the renamed folder."""
     dovecot = Dovecot({"G": "b", OTHER: "c"})
     dovecot.twins = [("a", "G")]
-    told = Told({"G": ("b", 2.0)}, {"a": ("G", 2.0)})
-    asyncio.run(made(tmp_path, dovecot)._part("jane", told, NOTHING))
+    dovecot.inbox = tmp_path / "INBOX"
+    for name, number in (("a", 2), ("b", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / history.LOGS[-1]).write_bytes(log(number=number))
+    left = BEGAN + 0.5
+    told = Told({"G": ("b", left)}, {"a": ("G", left)})
+    # The peer renamed it before, and knows of none of the two names.
+    asyncio.run(made(tmp_path, dovecot)._part("jane", told, Told({"G": ("z", 2.0)})))
     ((what, flag, guid, dash, name),) = dovecot.did
     assert (what, flag, dash, name) == ("mailbox update", "-g", "--", "a")
     assert len(bytes.fromhex(guid)) == 16 and guid != "G"
-    # The name that was given last is kept, whichever comes first by its letters.
-    del dovecot.did[:]
-    told = Told({"G": ("a", 2.0)}, {"b": ("G", 2.0)})
+
+
+@pytest.mark.parametrize(
+    ("began", "renamed", "left", "kept"),
+    [
+        pytest.param({}, "a", {"b": 2.0}, "a", id="the-last-name-where-no-log-tells"),
+        pytest.param({}, "z", {"a": 2.0}, "b", id="as-dsync-where-nothing-tells"),
+        pytest.param({"b": 0}, "z", {"b": 0.9}, "a", id="the-older-one"),
+        pytest.param({"b": 0}, "z", {"b": 1.9}, "a", id="its-log-is-stamped-a-second-before"),
+        pytest.param({"b": 0}, "z", {"a": 9.0, "b": 5.0}, "b", id="older-than-the-rename"),
+        pytest.param({"a": 0, "b": 0}, "b", {"a": 0.5, "b": 0.5}, "b", id="both-are-younger"),
+    ],
+)
+def test_of_two_folders_of_one_guid_the_one_that_a_user_renamed_keeps_it(
+    tmp_path: Path, began: dict[str, int], renamed: str, left: dict[str, float], kept: str
+) -> None:
+    """Times are since the logs of what dsync made begin; other logs have begun anew since."""
+    dovecot = Dovecot({"G": "b"})
+    dovecot.twins = [("a", "G")]
+    dovecot.inbox = tmp_path / "INBOX"
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / history.LOGS[-1]).write_bytes(log(number=2 if name in began else 3))
+    when = {name: ("G", BEGAN + at) for name, at in left.items()}
+    told = Told({"G": (renamed, BEGAN + 2.0)}, when)
     asyncio.run(made(tmp_path, dovecot)._part("jane", NOTHING, told))
-    assert [words[-1] for words in dovecot.did] == ["b"]
+    (words,) = dovecot.did
+    assert words[-1] == {"a": "b", "b": "a"}[kept]
 
 
 def test_what_a_user_put_under_an_earlier_name_is_moved_though_the_renamed_folder_has_it(
@@ -736,26 +783,41 @@ def test_what_a_user_put_under_an_earlier_name_is_moved_though_the_renamed_folde
     lives = log(append(1, put), append(2, told_of, DSYNC), append(3, copied, DSYNC))
     (tmp_path / "a" / history.LOGS[-1]).write_bytes(lives)
 
-    class Both(Dovecot):
-        """Both folders have the same mails."""
-
-        async def run(self, user: str, *words: str) -> Reply:
-            if words[:2] == ("fetch", "guid"):
-                return Reply("", (put, told_of, copied), "")
-            return await super().run(user, *words)
-
-    dovecot.__class__ = Both
+    # Both folders have the same mails.
     dovecot.mails = [("1", put), ("2", told_of), ("3", copied)]
     renames = made(tmp_path, dovecot)
     stands = asyncio.run(renames.carry_out("jane", told, NOTHING))
     folder = ("mailbox", "a", "mailbox-guid", OTHER, "uid")
     assert stands.put == {"a": [put]}
-    assert dovecot.did[0] == ("expunge", *folder, "2:3")
+    assert dovecot.did[0] == ("expunge", "--", *folder, "2:3")
     del dovecot.did[:]
     there = Standing(put={"a": [told_of]})
     asyncio.run(renames.carry_out("jane", told, NOTHING, there))
-    assert dovecot.did[0] == ("expunge", *folder, "3")
+    assert dovecot.did[0] == ("expunge", "--", *folder, "3")
     assert dovecot.did[2] == ("move", "--", "b", *folder, "1:2")
+
+
+def test_what_no_log_tells_of_was_not_put_there_by_a_user(tmp_path: Path) -> None:
+    """Nor was what pairsync itself gave another UID: all of it would be moved twice.
+
+    But what he put there is his under that one too.
+    """
+    old, moved, brought, put = "0a" * 16, "0b" * 16, "0c" * 16, "0d" * 16
+    dovecot = Dovecot({"G": "b", OTHER: "a"})
+    dovecot.inbox = tmp_path / "INBOX"
+    (tmp_path / "a").mkdir()
+    first = (append(2, moved, DSYNC), append(3, put))
+    again = (append(5, moved), append(6, put), wish(2), wish(3), done(2, moved), done(3, put))
+    lives = log(*first, *again, append(7, brought, DSYNC))
+    (tmp_path / "a" / history.LOGS[-1]).write_bytes(lives)
+    dovecot.mails = [("1", old), ("5", moved), ("6", put), ("7", brought)]
+    renames = made(tmp_path, dovecot)
+    renames._states.note("jane", {}, {OTHER: {(2, moved), (3, put)}})
+    told = Told({"G": ("b", 2.0)}, {"a": ("G", 2.0)})
+    assert asyncio.run(renames.carry_out("jane", told, NOTHING)).put == {"a": [put]}
+    # Where no log tells of it, and the renamed folder has it under another UID, it is his.
+    lives = history.read([log()], [(1, old), (2, moved)])
+    assert history.put_by_users(lives, [log()], [(1, old), (9, moved)]) == {moved}
 
 
 def test_the_other_server_is_told_of_what_was_taken_away(tmp_path: Path) -> None:
@@ -786,6 +848,22 @@ def test_what_is_told_while_a_file_is_learned_does_not_come_back(tmp_path: Path)
     renames._states.of("jane/x").told = told.document()
     renames.note(hook(tmp_path, "", "b", 6.0))
     assert asyncio.run(renames.learn("jane/x")) == Told(made={"b": 6.0})
+
+
+def test_what_is_told_while_a_deleted_folder_is_looked_at_stays_told(tmp_path: Path) -> None:
+    class Slow(Dovecot):
+        async def run(self, user: str, *words: str) -> Reply:
+            if words[0] == "mailbox path":
+                renames._took_away(user, OTHER)
+            return await super().run(user, *words)
+
+    dovecot = Slow({GUID: "a"})
+    dovecot.inbox = deleted(tmp_path, OTHER, 1)
+    renames = made(tmp_path, dovecot)
+    saw(renames)
+    renames.began("jane/x")
+    renames.note(hook(tmp_path, "a", "", 5.0))
+    assert set(asyncio.run(renames.learn("jane/x")).gone) == {OTHER}
 
 
 def test_a_name_of_the_peers_gets_its_time_and_one_of_ours_keeps_it(tmp_path: Path) -> None:
