@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -134,6 +134,16 @@ def make(
         program, "replace", lambda path, content, _, __, mode: own(path, content, ME, GROUP, mode)
     )
     return Host(settings, folder, authority)
+
+
+class Holding(Protocol):
+    def __call__(self, *, first: bool) -> Host: ...
+
+
+@pytest.fixture
+def holding_host(tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Holding:
+    """Makes one of the two hosts that hold the certificate."""
+    return lambda *, first: make(holding(first=first), tmp_path, authority, monkeypatch)
 
 
 Answers = dict[str, str | Exception]
@@ -439,15 +449,9 @@ def ordered(monkeypatch: pytest.MonkeyPatch, issued: Issued) -> list[str]:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_replaced_holder_takes_the_others_copy(
-    first: bool,
-    tmp_path: Path,
-    authority: Authority,
-    issued: Issued,
-    answers: Answers,
-    ordered: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    first: bool, issued: Issued, answers: Answers, ordered: list[str], holding_host: Holding
 ) -> None:
-    holder = make(holding(first=first), tmp_path, authority, monkeypatch)
+    holder = holding_host(first=first)
     answers |= {"one": text(issued), "two": text(issued)}
     program.issue(holder)
     assert ordered == []
@@ -456,14 +460,9 @@ def test_a_replaced_holder_takes_the_others_copy(
 
 
 def test_a_new_holder_that_is_alone_asks_for_the_other_once(
-    tmp_path: Path,
-    authority: Authority,
-    issued: Issued,
-    answers: Answers,
-    ordered: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    issued: Issued, answers: Answers, ordered: list[str], holding_host: Holding
 ) -> None:
-    holder = make(holding(first=True), tmp_path, authority, monkeypatch)
+    holder = holding_host(first=True)
     program.start(holder)
     answers["two"] = text(issued)
     program.issue(holder)
@@ -486,13 +485,12 @@ def test_a_new_holder_that_is_alone_asks_for_the_other_once(
 def test_the_second_orders_only_while_the_first_is_away(
     answer: str | Exception,
     orders: list[str],
-    tmp_path: Path,
     authority: Authority,
     answers: Answers,
     ordered: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    holding_host: Holding,
 ) -> None:
-    holder = make(holding(first=False), tmp_path, authority, monkeypatch)
+    holder = holding_host(first=False)
     other = text(authority.issue(["x.pelican.example"]))
     answers["one"] = other if isinstance(answer, str) else answer
     program.issue(holder)
@@ -500,14 +498,13 @@ def test_the_second_orders_only_while_the_first_is_away(
 
 
 def test_the_first_waits_for_what_the_second_is_getting(
-    tmp_path: Path,
-    authority: Authority,
     issued: Issued,
     answers: Answers,
     ordered: list[str],
     monkeypatch: pytest.MonkeyPatch,
+    holding_host: Holding,
 ) -> None:
-    holder = make(holding(first=True), tmp_path, authority, monkeypatch)
+    holder = holding_host(first=True)
     answers["two"] = Busy("two is being issued a new one")
     monkeypatch.setattr(program.time, "sleep", lambda _: answers.update(two=text(issued)))
     program.issue(holder)
@@ -516,32 +513,26 @@ def test_the_first_waits_for_what_the_second_is_getting(
 
 
 def test_near_the_end_the_second_orders_even_if_the_first_is_there(
-    tmp_path: Path,
-    authority: Authority,
-    answers: Answers,
-    ordered: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    authority: Authority, answers: Answers, ordered: list[str], holding_host: Holding
 ) -> None:
-    holder = make(holding(first=False), tmp_path, authority, monkeypatch)
+    holder = holding_host(first=False)
     old = Authority(authority.folder, now=lambda: NOW - 80 * DAY).issue(NAMES, days=90)
     answers["one"] = text(old)
     program.issue(holder)
     assert ordered == ["order"]
 
 
-def test_only_one_run_at_a_time(
-    tmp_path: Path, authority: Authority, ordered: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    holder = make(holding(first=True), tmp_path, authority, monkeypatch)
+def test_only_one_run_at_a_time(ordered: list[str], holding_host: Holding) -> None:
+    holder = holding_host(first=True)
     with holder.locked("issuing"), pytest.raises(Busy):
         program.issue(holder)
     assert ordered == []
 
 
 def test_a_certificate_with_names_that_nobody_asked_for_is_not_used(
-    tmp_path: Path, authority: Authority, answers: Answers, monkeypatch: pytest.MonkeyPatch
+    authority: Authority, answers: Answers, monkeypatch: pytest.MonkeyPatch, holding_host: Holding
 ) -> None:
-    holder = make(holding(first=True), tmp_path, authority, monkeypatch)
+    holder = holding_host(first=True)
     more = text(authority.issue([*NAMES, "more.example"]))
     monkeypatch.setattr(program, "order", lambda _: more)
     with pytest.raises(Failed, match=r"one for .*more\.example.* instead of"):
@@ -550,13 +541,9 @@ def test_a_certificate_with_names_that_nobody_asked_for_is_not_used(
 
 
 def test_a_renewal_that_fails_leaves_the_old_one(
-    tmp_path: Path,
-    authority: Authority,
-    issued: Issued,
-    answers: Answers,
-    monkeypatch: pytest.MonkeyPatch,
+    issued: Issued, answers: Answers, monkeypatch: pytest.MonkeyPatch, holding_host: Holding
 ) -> None:
-    holder = make(holding(first=True), tmp_path, authority, monkeypatch)
+    holder = holding_host(first=True)
     answers["two"] = text(issued)
     program.issue(holder)
 
