@@ -111,7 +111,13 @@ class Shown:
 # -- CERT-1 -----------------------------------------------------------------------------------
 
 
-@check("CERT-1", quick=True, alone=True)
+@check(
+    "CERT-1",
+    quick=True,
+    alone=True,
+    disturbs=("certificates",),
+    needs=("nginx_streams", "webmail", "outside"),
+)
 def certificates_are_where_they_are_needed(ctx: Context) -> str:
     """Certificates from ACME, with exactly the names that are verified, reach every host."""
     holders = _holders(ctx)

@@ -282,7 +282,7 @@ Edit = Callable[[Path], tuple[str, int]]
 """Spoils a copy of the site data. Returns the file and the line that are now wrong."""
 
 
-@check("CHANGE-8", quick=True)
+@check("CHANGE-8", quick=True, calm=True)
 def bad_data_is_refused(ctx: Context) -> str:
     """Bad site data is refused before anything is contacted, with file, line and remedy."""
     cases = spoilers(ctx)

@@ -30,7 +30,7 @@ def _managed(ctx: Context) -> list[LabMachine]:
     return [m for m in ctx.lab.machines if m.host.is_managed]
 
 
-@check("HOST-1", quick=True, alone=True)
+@check("HOST-1", quick=True, alone=True, disturbs=("outside",))
 def names_resolve_locally(ctx: Context) -> str:
     """Each host's own Unbound recurses and validates, and knows the internal names by itself."""
     machines = _managed(ctx)
@@ -148,7 +148,9 @@ def everything_comes_back(ctx: Context) -> str:
     return host_state.reboot_every_machine(ctx)
 
 
-@check("HOST-4", quick=True, alone=True)
+@check(
+    "HOST-4", quick=True, alone=True, disturbs=("files",), needs=("nginx_streams", "certificates")
+)
 def drift_is_reported(ctx: Context) -> str:
     """A fresh platform shows no drift; a file changed by hand is reported by name."""
     machines = list(ctx.lab.machines)

@@ -450,7 +450,7 @@ def _is_gone(door: Door) -> None:
     raise Failed(f"{door}: still answers")
 
 
-@check("EDGE-4", quick=True, alone=True)
+@check("EDGE-4", quick=True, alone=True, disturbs=("nginx_streams",), needs=("outside",))
 def neighbours_are_left_alone(ctx: Context) -> str:
     """A foreign website and firewall table on the frontends outlive the role, and work."""
     lab = ctx.lab

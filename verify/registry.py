@@ -55,11 +55,13 @@ class Phase(StrEnum):
     TOGETHER = "together"
     """Only looks, and sends mail: runs beside others."""
     APART = "apart"
-    """Changes something of a tier for a moment: beside those that disturb other tiers."""
+    """Changes something of a tier for a moment: beside those that disturb other tiers, and those
+    that count on none."""
     STILL = "still"
     """Looks for what nobody else may change meanwhile: beside others of this kind."""
     ALONE = "alone"
-    """Changes something for a moment and puts it back: nothing runs beside it."""
+    """Changes something for a moment and puts it back: at most some others of this kind run beside
+    it."""
     DISRUPTIVE = "disruptive"
     """Takes machines away: alone, and after everything else."""
 
@@ -75,6 +77,7 @@ class Check:
         quick: Belongs to the quick set of a rehearsal; live checks always do.
         phase: When it runs.
         disturbs: Tiers that nobody else may count on meanwhile.
+        needs: Tiers that nobody may disturb meanwhile.
         late: Comes after the others that disturb the same tiers.
         long: Takes longest of those that only look, so it begins first.
     """
@@ -85,6 +88,7 @@ class Check:
     quick: bool
     phase: Phase
     disturbs: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset()
     late: bool = False
     long: bool = False
 
@@ -97,6 +101,19 @@ class Check:
     def order(self) -> tuple[int, int, int]:
         """Sorts by phase, then as the contract does."""
         return (list(Phase).index(self.phase), *contract_order(self.id))
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether nothing at all may run beside it."""
+        named = self.disturbs | self.needs
+        return self.phase in (Phase.ALONE, Phase.DISRUPTIVE) and not named
+
+    def clashes(self, other: Check) -> bool:
+        """Whether it must not run beside another one of its phase."""
+        if self.is_exclusive or other.is_exclusive:
+            return True
+        disturbed = self.disturbs & (other.disturbs | other.needs) | other.disturbs & self.needs
+        return bool(disturbed)
 
     def belongs_to(self, mode: Mode) -> bool:
         match mode:
@@ -133,6 +150,8 @@ class Registry:
         live: bool = False,
         quick: bool = False,
         disturbs: Iterable[str] = (),
+        needs: Iterable[str] = (),
+        calm: bool = False,
         late: bool = False,
         long: bool = False,
         still: bool = False,
@@ -147,11 +166,14 @@ class Registry:
             quick: Belongs to the quick set of a rehearsal.
             disturbs: Tiers of which it changes something and puts it back: no check that
                 disturbs or needs them may run beside it.
+            needs: Tiers that no check beside it may disturb, where it runs beside such.
+            calm: Counts on no tier: may run beside those that disturb some.
             late: Comes after the others that disturb the same tiers.
             long: Takes longest of those that only look, so it begins first.
             still: Changes nothing that others look for, but needs that nobody does: runs beside
                 others of this kind alone.
-            alone: Changes anything and puts it back: nothing may run beside it.
+            alone: Changes something that those before count on, and puts it back. Where it names
+                what it disturbs and needs, others of this kind may run beside it.
             disruptive: Takes machines away: runs alone, after everything else.
 
         Raises:
@@ -170,7 +192,7 @@ class Registry:
             else Phase.STILL
             if still
             else Phase.APART
-            if tiers
+            if tiers or calm
             else Phase.TOGETHER
         )
 
@@ -180,7 +202,8 @@ class Registry:
                 raise ValueError(
                     f"{identifier} has a check already: {other.__module__}.{other.__qualname__}"
                 )
-            added = Check(identifier, function, live, quick, phase, tiers, late, long)
+            needed = frozenset(needs)
+            added = Check(identifier, function, live, quick, phase, tiers, needed, late, long)
             if not added.title:
                 raise ValueError(f"{identifier}: {function.__qualname__} needs a docstring")
             self._checks[identifier] = added

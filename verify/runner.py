@@ -7,8 +7,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from verify.context import Context, describe
 from verify.registry import Check, Failed, Phase, Skipped
@@ -16,6 +15,14 @@ from verify.report import Report, Result, Status
 
 WORKERS = 8
 """Checks side by side. They mostly wait for the platform."""
+
+_HOW = {
+    Phase.TOGETHER: "side by side",
+    Phase.APART: "beside one another, in turn for each tier",
+    Phase.STILL: "undisturbed",
+    Phase.ALONE: "beside few others",
+    Phase.DISRUPTIVE: "one by one",
+}
 
 Progress = Callable[[str], None]
 
@@ -41,16 +48,6 @@ def make(check: Check, context: Context) -> Result:
     return Result(check.id, status, observed, seconds, tuple(fresh.notes))
 
 
-def groups(checks: Sequence[Check]) -> list[list[Check]]:
-    """The checks, those together that share a tier, straight or through others, in their order."""
-    found: list[list[Check]] = []
-    for check in checks:
-        mine = [g for g in found if any(check.disturbs & other.disturbs for other in g)]
-        found = [g for g in found if g not in mine] + [[*chain.from_iterable(mine), check]]
-    order = {check.id: number for number, check in enumerate(checks)}
-    return [sorted(group, key=lambda c: (c.late, order[c.id])) for group in found]
-
-
 def run(
     checks: Sequence[Check],
     context: Context,
@@ -71,35 +68,34 @@ def run(
     started = time.monotonic()
 
     def one(check: Check) -> Result:
+        if check.is_exclusive:
+            progress(f"{check.id}: {check.title} ...")
         result = make(check, context)
         progress(f"{check.id}: {result.status} ({result.seconds:.1f} s)")
         return result
 
-    together = [c for c in checks if c.phase is Phase.TOGETHER]
-    together.sort(key=lambda check: not check.long)
     results: list[Result] = []
-    if together:
-        progress(f"side by side: {' '.join(c.id for c in together)}")
-        with ThreadPoolExecutor(max_workers=WORKERS) as pool:
-            results += pool.map(one, together)
-
-    def in_turn(group: Sequence[Check]) -> list[Result]:
-        return [one(check) for check in group]
-
-    apart = groups([c for c in checks if c.phase is Phase.APART])
-    if apart:
-        named = ", ".join(" ".join(c.id for c in group) for group in apart)
-        progress(f"in turn, beside one another: {named}")
-        with ThreadPoolExecutor(max_workers=len(apart)) as pool:
-            results += chain.from_iterable(pool.map(in_turn, apart))
-    still = [c for c in checks if c.phase is Phase.STILL]
-    if still:
-        progress(f"undisturbed: {' '.join(c.id for c in still)}")
-        with ThreadPoolExecutor(max_workers=len(still)) as pool:
-            results += pool.map(one, still)
-    for check in checks:
-        if check.phase in (Phase.ALONE, Phase.DISRUPTIVE):
-            progress(f"{check.id}: {check.title} ...")
-            results.append(one(check))
+    for phase in Phase:
+        mine = [c for c in checks if c.phase is phase]
+        mine.sort(key=lambda check: (not check.long, check.late))
+        beside = [c.id for c in mine if not c.is_exclusive]
+        if beside:
+            progress(f"{_HOW[phase]}: {' '.join(beside)}")
+        results += _beside(mine, one, WORKERS if phase is Phase.TOGETHER else len(mine))
     results += [Result(c.id, Status.SKIP, reason) for c in left_out]
     return Report(tuple(results), time.monotonic() - started)
+
+
+def _beside(checks: Sequence[Check], one: Callable[[Check], Result], workers: int) -> list[Result]:
+    """Make checks beside one another, each after those before it that it clashes with."""
+    made: list[tuple[Check, Future[Result]]] = []
+
+    def after(before: Sequence[Future[Result]], check: Check) -> Result:
+        wait(before)
+        return one(check)
+
+    with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+        for check in checks:
+            before = [future for other, future in made if check.clashes(other)]
+            made.append((check, pool.submit(after, before, check)))
+    return [future.result() for _, future in made]

@@ -398,7 +398,7 @@ IMPOSTOR = 20000
 _HERE = Path(__file__).parent
 
 
-@check("WEB-4", quick=True, alone=True)
+@check("WEB-4", quick=True, alone=True, disturbs=("webmail",), needs=("outside", "smtp_out"))
 def webmail_knows_whom_it_talks_to(ctx: Context) -> str:
     """Webmail sends by a login of its own, and refuses servers with a wrong certificate."""
     known = hosts(ctx)

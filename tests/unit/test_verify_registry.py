@@ -81,8 +81,9 @@ def test_disruptive_checks_come_last_and_each_phase_is_in_the_contracts_order() 
     registry.check("OUT-2")(looks)
     registry.check("BOX-1", disturbs=("maildrop",))(looks)
     registry.check("OUT-6", disturbs=("smtp_out",))(looks)
+    registry.check("DNS-2", calm=True, live=True)(looks)
     assert [c.id for c in registry.all()] == [
-        "OUT-2", "OUT-10", "DNS-1", "OUT-6", "BOX-1", "CHANGE-1", "HOST-4", "EDGE-1",
+        "OUT-2", "OUT-10", "DNS-1", "OUT-6", "BOX-1", "DNS-2", "CHANGE-1", "HOST-4", "EDGE-1",
     ]  # fmt: skip
     assert registry["EDGE-1"].phase is Phase.DISRUPTIVE
 

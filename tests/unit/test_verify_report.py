@@ -208,18 +208,38 @@ def test_checks_that_disturb_one_tier_take_turns_beside_those_of_another(context
     assert order.index("OUT-3") < order.index("OUT-6")
 
 
-def test_what_shares_a_tier_through_another_takes_turns_too() -> None:
+def test_late_checks_come_after_the_others_of_their_tier(context: Context) -> None:
+    order: list[str] = []
+
     def disturbing(identifier: str, *tiers: str, late: bool = False) -> Check:
-        return Check(identifier, passes, False, True, Phase.APART, frozenset(tiers), late)
+        def look(context: Context) -> str:
+            """Disturbs."""
+            order.append(identifier)
+            return ""
+
+        return Check(identifier, look, False, True, Phase.APART, frozenset(tiers), late=late)
 
     checks = [
-        disturbing("OUT-3", "smtp_out"),
         disturbing("IN-4", "smtp_in", late=True),
         disturbing("BOX-7", "smtp_in", "maildrop"),
         disturbing("BOX-1", "maildrop"),
     ]
-    found = [[c.id for c in group] for group in runner.groups(checks)]
-    assert sorted(found) == [["BOX-7", "BOX-1", "IN-4"], ["OUT-3"]]
+    runner.run(checks, context)
+    assert order.index("BOX-7") < order.index("BOX-1")
+    assert order.index("BOX-7") < order.index("IN-4")
+
+
+def test_what_a_check_needs_is_not_disturbed_beside_it() -> None:
+    def alone(identifier: str, disturbs: str = "", needs: str = "") -> Check:
+        tiers = frozenset(disturbs.split()), frozenset(needs.split())
+        return Check(identifier, passes, False, True, Phase.ALONE, *tiers)
+
+    edge, web = alone("EDGE-4", "streams", "outside"), alone("WEB-4", "webmail", "outside")
+    cut, anything = alone("HOST-1", "outside"), alone("CERT-2")
+    assert not edge.clashes(web) and not web.clashes(edge)
+    assert edge.clashes(cut) and cut.clashes(edge)
+    assert anything.clashes(edge) and edge.clashes(anything)
+    assert (anything.is_exclusive, edge.is_exclusive) == (True, False)
 
 
 def test_each_names_every_failure() -> None:
