@@ -189,7 +189,8 @@ class Doveadm:
             channel, length = _PACKET.unpack(await reader.readexactly(_PACKET.size))
             (log if channel == _LOG else output).extend(await reader.readexactly(length))
         text = bytes(output[: output.rindex(b"\n", 0, len(output) - 1)]).decode(errors="replace")
-        values = text.strip("\n").split("\t")
+        # Each value ends with a tab.
+        values = text.strip("\n").removesuffix("\t").split("\t")
         if "\x01" in text:
             values = list(map(unescape, values))
         return Reply(code, tuple(values), _errors(log.decode(errors="replace")))

@@ -508,6 +508,8 @@ def test_a_comparison_sees_to_a_folder_whose_name_looks_like_an_option(
         assert asyncio.run(mend(doveadm, states, user, box, plan)) == 1
         found = [(int(m[0]), m[3]) for m in pair.a.contents(user)["folders"][name]]
         assert found == [(stays[0], "<stays@x>"), (used + 1, "<left@x>")]
+        # What doveadm changes asks for no run.
+        pair.a.deliver(user, "another")
     finally:
         for server in pair.both:
             server.start_pairsync()
@@ -534,4 +536,5 @@ def test_a_mail_that_was_taken_from_a_maildir_is_known_as_its_folders_log_has_it
         assert asyncio.run(doveadm.fetch(user, "guid", "mailbox", "INBOX")) == [(guid_of(mail),)]
     finally:
         pair.a.start_pairsync()
-    pair.wait_equal([user])
+    pair.a.deliver(user, "new")
+    assert_all_there(pair, {user: ["old", "new"]})
