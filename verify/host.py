@@ -130,7 +130,7 @@ def _internal_names(ctx: Context) -> list[tuple[str, str, set[str]]]:
     ]
 
 
-@check("HOST-2", quick=True, still=True)
+@check("HOST-2", quick=True, calm=True)
 def only_the_tiers_ports_answer(ctx: Context) -> str:
     """From anywhere only those ports answer that the host's tier serves to that place."""
     return reachability.probe_every_host(ctx)

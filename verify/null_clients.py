@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_address
 
 from mailsite.model import Host, IPAddress, Role
@@ -207,7 +208,8 @@ def mail_waits_for_smtp_out(ctx: Context) -> str:
         eventually(lambda: sender.waiting(address(sender)), seconds=60, every=0.5)
 
     def leaves(sender: Sender) -> None:
-        world.arrival("strict", address(sender), 120.0, poke=sender.hurry)
+        eventually(partial(_has_left, sender, address(sender)), seconds=120, every=2.0)
+        world.arrival("strict", address(sender), PROMPT)
 
     with _smtp_out_stopped(ctx):
         each(found, waits)
@@ -218,6 +220,15 @@ def mail_waits_for_smtp_out(ctx: Context) -> str:
         copies = world.mails("strict", address(sender))
         expect(len(copies) == 1, f"{sender}: the mail that waited arrived {len(copies)} times")
     return f"mail of {', '.join(map(str, found))} waited there, and arrived once afterwards"
+
+
+def _has_left(sender: Sender, recipient: str) -> None:
+    sender.hurry()
+    try:
+        reason = sender.waiting(recipient)
+    except Failed:
+        return
+    raise Failed(f"{sender}: mail for {recipient} still waits: {reason}")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import smtplib
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -631,80 +632,106 @@ def _recipients(ctx: Context, queue: str = "") -> set[str]:
 @check("OUT-6", quick=True, disturbs=("smtp_out",))
 def tls_level_holds(ctx: Context) -> str:
     """The TLS level of the site data holds outbound, each level does; wrong names are refused."""
-    lab = ctx.lab
-    level = ctx.platform.outbound.tls
-    observed = [f"as configured ({level}): {_tls_behaviour(ctx, ctx.members[-1], level)}"]
-    others = [other for other in TlsLevel if other is not level]
-    expect(len(ctx.members) >= len(others), "a cluster of one member cannot try every level")
-    cases = list(zip(others, reversed(ctx.members), strict=False))
-
-    def configure(case: tuple[TlsLevel, Host]) -> None:
-        outbound = ctx.platform.outbound.model_copy(update={"tls": case[0]})
-        platform = ctx.platform.model_copy(update={"outbound": outbound})
-        lab.machine(case[1]).apply(platform)
-
-    try:
-        each(cases, configure)
-        observed += [f"{other}: {_tls_behaviour(ctx, m, other)}" for other, m in cases]
-    finally:
-        each([m for _, m in cases], lambda member: lab.machine(member).apply())
-    for member in ctx.members:
-        _drop_probes(ctx, member)
+    own = ctx.platform.outbound.tls
+    left = [own, *(other for other in TlsLevel if other is not own)]
+    observed = []
+    while left:
+        trials = [
+            _TlsTrial(ctx, m, tried) for m, tried in zip(reversed(ctx.members), left, strict=False)
+        ]
+        del left[: len(trials)]
+        observed += _try_levels(ctx, trials)
+    each(ctx.members, lambda member: _drop_probes(ctx, member))
     observed.append(_internal_hops_verify(ctx))
-    return "; ".join(observed)
+    return f"as configured {'; '.join(observed)}"
 
 
-def _tls_behaviour(ctx: Context, member: Host, level: TlsLevel) -> str:
-    """Send to remotes with and without TLS from ``member``, and judge by the level's rules."""
-    world = ctx.lab.world
-    domain = ctx.sending_domains[0]
-    machine = ctx.lab.machine(member)
-    door = member_door(ctx, member)
+def _try_levels(ctx: Context, trials: Sequence[_TlsTrial]) -> list[str]:
+    """Make trials, each on a member of its own, which has that level for so long."""
+    changed = [trial for trial in trials if trial.level is not ctx.platform.outbound.tls]
+    try:
+        if changed:
+            each(changed, _TlsTrial.configure)
+        each(trials, _TlsTrial.sends_where_it_may)
+        with ctx.lab.world.behaving("dane", "wrong-certificate"):
+            said = each(trials, _TlsTrial.minds_a_forged_remote)
+    finally:
+        if changed:
+            each(changed, lambda trial: ctx.lab.machine(trial.member).apply())
+    return [f"{trial.level}: {words}" for trial, words in zip(trials, said, strict=True)]
 
-    def send(mx: str) -> Letter:
-        mail = letter(f"{{token}}@{domain}", f"{{token}}@{world.domain(mx)}")
-        submit(ctx, door, mail)
+
+@dataclass(frozen=True)
+class _TlsTrial:
+    """A member with one of the levels sends to remotes, and is judged by the level's rules."""
+
+    ctx: Context
+    member: Host
+    level: TlsLevel
+
+    def configure(self) -> None:
+        """Give the member the level."""
+        outbound = self.ctx.platform.outbound.model_copy(update={"tls": self.level})
+        platform = self.ctx.platform.model_copy(update={"outbound": outbound})
+        self.ctx.lab.machine(self.member).apply(platform)
+
+    def _send(self, mx: str) -> Letter:
+        domain = self.ctx.sending_domains[0]
+        mail = letter(f"{{token}}@{domain}", f"{{token}}@{self.ctx.lab.world.domain(mx)}")
+        submit(self.ctx, member_door(self.ctx, self.member), mail)
         return mail
 
-    def arrives(mx: str, mail: Letter, encrypted: bool) -> None:
-        arrived = world.arrival(mx, mail.recipient, PROMPT)
+    def _arrives(self, mx: str, mail: Letter, encrypted: bool) -> None:
+        arrived = self.ctx.lab.world.arrival(mx, mail.recipient, PROMPT)
         expect(
             bool(arrived.tls) == encrypted,
-            f"{level}: mail to {mx} arrived {'with' if arrived.tls else 'without'} TLS",
+            f"{self.level}: mail to {mx} arrived {'with' if arrived.tls else 'without'} TLS",
         )
 
-    def waits(mx: str, mail: Letter) -> str:
+    def _waits(self, mx: str, mail: Letter) -> str:
+        machine = self.ctx.lab.machine(self.member)
         reason = eventually(
-            lambda: machine.deferral(mail.recipient), seconds=PROMPT, what=f"{level}: mail to {mx}"
+            lambda: machine.deferral(mail.recipient),
+            seconds=PROMPT,
+            what=f"{self.level}: mail to {mx}",
         )
-        expect(not world.mails(mx, mail.recipient), f"{level}: mail to {mx} was delivered")
+        expect(
+            not self.ctx.lab.world.mails(mx, mail.recipient),
+            f"{self.level}: mail to {mx} was delivered",
+        )
         return reason
 
-    strict, plain, dane = send("strict"), send("plain"), send("dane")
-    arrives("strict", strict, True)
-    arrives("dane", dane, True)
-    if level is TlsLevel.ENCRYPT:
-        reason = waits("plain", plain)
+    def sends_where_it_may(self) -> None:
+        """To remotes that are what they say they are, with TLS and without."""
+        strict, plain, dane = self._send("strict"), self._send("plain"), self._send("dane")
+        self._arrives("strict", strict, True)
+        self._arrives("dane", dane, True)
+        if self.level is not TlsLevel.ENCRYPT:
+            self._arrives("plain", plain, False)
+            return
+        reason = self._waits("plain", plain)
         expect(
             "TLS is required" in reason,
-            f"{level}: mail to plain waits for another reason: {reason}",
+            f"{self.level}: mail to plain waits for another reason: {reason}",
         )
-        return "a remote without STARTTLS gets nothing, the others get it encrypted"
-    arrives("plain", plain, False)
-    with world.behaving("dane", "wrong-certificate"):
-        forged = send("dane")
-        if level is TlsLevel.MAY:
-            arrives("dane", forged, True)
+
+    def minds_a_forged_remote(self) -> str:
+        """Whose certificate is not the one that its TLSA records name. Returns what was seen."""
+        if self.level is TlsLevel.ENCRYPT:
+            return "a remote without STARTTLS gets nothing, the others get it encrypted"
+        forged = self._send("dane")
+        if self.level is TlsLevel.MAY:
+            self._arrives("dane", forged, True)
             return "a remote without STARTTLS gets mail in the clear, the others encrypted"
-        reason = waits("dane", forged)
+        reason = self._waits("dane", forged)
         expect(
             "not trusted" in reason.lower() or "not verified" in reason.lower(),
-            f"{level}: mail to a forged remote waits for another reason: {reason}",
+            f"{self.level}: mail to a forged remote waits for another reason: {reason}",
         )
-    return (
-        "a remote with TLSA records gets mail, not with another certificate; "
-        "one without STARTTLS gets it in the clear"
-    )
+        return (
+            "a remote with TLSA records gets mail, not with another certificate; "
+            "one without STARTTLS gets it in the clear"
+        )
 
 
 def _drop_probes(ctx: Context, member: Host) -> None:
@@ -722,11 +749,14 @@ def _internal_hops_verify(ctx: Context) -> str:
     """
     lab = ctx.lab
     name = ctx.platform.names.smtp_out
-    for member in ctx.members:
+
+    def look(member: Host) -> None:
         other = lab.machine(next(m for m in ctx.members if m is not member))
         for address in ctx.internal(member):
             verified, said = other.verifies(address, SUBMISSION, name)
             expect(verified, f"{other.name} to {member.name} [{address}]: {said}")
+
+    each(ctx.members, look)
     victim = ctx.members[-1]
     door = member_door(ctx, victim)
     peer = lab.machine(ctx.members[0])

@@ -163,8 +163,9 @@ class Client:
     def _is_twice(self, imap: IMAP4, tag: str) -> bool:
         """Whether a mail is there more than once.
 
-        Who moves one while dsync gives it another UID has it so until a run has ended, which takes
-        some runs where plugs are pulled. Who moves that copy as well has the mail twice.
+        Who moves one while dsync gives it another UID has it so until that run has ended, some
+        tenths of a second. Who is quick enough to move that copy as well has the mail twice, as
+        pairsync/README.md says.
         """
         folders = ("INBOX", *self._folders(imap))
         return sum(len(self._in(imap, folder, tag)) for folder in folders) > 1
@@ -202,7 +203,7 @@ class Client:
             if self.mails:
                 tag = self._chance.choice(self.mails)
                 folder = self._chance.choice(folders)
-                if self.may_wait and self._is_twice(imap, tag):
+                if self._is_twice(imap, tag):
                     return
                 number = self._find(imap, tag)
                 if number and folder != self._found:
