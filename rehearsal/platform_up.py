@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ _STANDINS = "stand-ins"
 _STANDINS_SECONDS = 60.0
 _RUN_FILE = "run.json"
 _LATE_BOOTS = 2
+_FIRST_HOST_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -131,14 +134,34 @@ def up(site: Site, state: State, progress: Progress) -> dict[str, int]:
         # A stack without any is that of an operator who loads the zones' text elsewhere.
         zone_ids={zone.rstrip("."): world.zone_id(zone) for zone in world.zone_names},
     )
-    # Servers that only send mail are not needed before there is somebody to take it.
-    with ThreadPoolExecutor(max_workers=_LATE_BOOTS) as pool:
-        booting = [pool.submit(_run, *step, progress) for step in _boots(late, trusted)]
-        with progress.step(f"pulumi up --stack {site.stack}"):
-            changes = rehearsed.up(progress, values=values)
-    for boot in booting:
-        boot.result()
+    over = threading.Event()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        booting = pool.submit(_boot_late, rehearsed, over, _boots(late, trusted), progress)
+        try:
+            with progress.step(f"pulumi up --stack {site.stack}"):
+                changes = rehearsed.up(progress, values=values)
+        finally:
+            over.set()
+    booting.result()
     return changes
+
+
+def _boot_late(
+    rehearsed: program.Program, over: threading.Event, steps: Sequence[Step], progress: Progress
+) -> None:
+    """Boot servers that only send mail, which nobody needs before there is somebody to take it.
+
+    On a new platform everybody waits for the first host, which waits for its certificate: they boot
+    meanwhile, and not while others have much to do.
+    """
+    if rehearsed.is_new():
+        with contextlib.suppress(RehearsalError):
+            wait_for(
+                lambda: over.is_set() or rehearsed.has_reached_a_host(),
+                timeout=_FIRST_HOST_SECONDS,
+                what="the first host",
+            )
+    _at_once(steps, progress, workers=_LATE_BOOTS)
 
 
 Step = tuple[str, Callable[[], None]]
@@ -157,9 +180,9 @@ def _run(what: str, act: Callable[[], None], progress: Progress) -> None:
         act()
 
 
-def _at_once(steps: Sequence[Step], progress: Progress) -> None:
+def _at_once(steps: Sequence[Step], progress: Progress, workers: int | None = None) -> None:
     """Run steps side by side; the first error counts, after all have ended."""
-    with ThreadPoolExecutor(max_workers=len(steps)) as pool:
+    with ThreadPoolExecutor(max_workers=workers or len(steps)) as pool:
         futures = [pool.submit(_run, *step, progress) for step in steps]
     for future in futures:
         future.result()

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -39,6 +40,7 @@ PROJECT = "mail"
 _RECORD = "program"
 _SITE = "mail:site"
 _LOG = "up.log"
+_FIRST_PUSH = re.compile(r"command:remote:Command \S+ created")
 
 
 class ProgramError(RehearsalError):
@@ -154,6 +156,15 @@ class Program:
         """
         self._run("preview", site=site, quiet=quiet)
         return (self.state.root / _LOG).read_text(encoding="utf-8")
+
+    def is_new(self) -> bool:
+        """Whether no run has created anything yet."""
+        return not _latest(self.state, self.stack).get("resources")
+
+    def has_reached_a_host(self) -> bool:
+        """Whether the run that is on has given a host something."""
+        log = self.state.root / _LOG
+        return log.exists() and bool(_FIRST_PUSH.search(log.read_text(encoding="utf-8")))
 
     def outputs(self) -> dict[str, Any]:
         """The stack's outputs, secret ones in plain."""

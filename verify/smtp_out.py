@@ -635,10 +635,9 @@ def tls_level_holds(ctx: Context) -> str:
     own = ctx.platform.outbound.tls
     left = [own, *(other for other in TlsLevel if other is not own)]
     observed = []
+    doors = list(zip(ctx.members, _doors_of_one(ctx), strict=True))[::-1]
     while left:
-        trials = [
-            _TlsTrial(ctx, m, tried) for m, tried in zip(reversed(ctx.members), left, strict=False)
-        ]
+        trials = [_TlsTrial(ctx, *way, tried) for way, tried in zip(doors, left, strict=False)]
         del left[: len(trials)]
         observed += _try_levels(ctx, trials)
     each(ctx.members, lambda member: _drop_probes(ctx, member))
@@ -667,6 +666,7 @@ class _TlsTrial:
 
     ctx: Context
     member: Host
+    door: Door
     level: TlsLevel
 
     def configure(self) -> None:
@@ -678,7 +678,7 @@ class _TlsTrial:
     def _send(self, mx: str) -> Letter:
         domain = self.ctx.sending_domains[0]
         mail = letter(f"{{token}}@{domain}", f"{{token}}@{self.ctx.lab.world.domain(mx)}")
-        submit(self.ctx, member_door(self.ctx, self.member), mail)
+        submit(self.ctx, self.door, mail)
         return mail
 
     def _arrives(self, mx: str, mail: Letter, encrypted: bool) -> None:
