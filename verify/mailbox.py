@@ -123,11 +123,19 @@ class Mailboxes:
             box.session = self._open(user, box.password)
         for folder in box.session.folders():
             key = (folder.name, folder.validity)
-            if folder.next > box.seen.get(key, 1):
-                for uid, raw in box.session.mails(folder.name, box.seen.get(key, 1)):
-                    box.seen[key] = uid + 1
-                    mail = mail_of(raw)
-                    box.mails += [mail] if mail is not None else []
+            if folder.next <= box.seen.get(key, 1):
+                continue
+            try:
+                found = box.session.mails(folder.name, box.seen.get(key, 1))
+            except Failed:
+                if folder.name in {there.name for there in box.session.folders()}:
+                    raise
+                # Its owner has renamed or deleted it since it was listed.
+                continue
+            for uid, raw in found:
+                box.seen[key] = uid + 1
+                mail = mail_of(raw)
+                box.mails += [mail] if mail is not None else []
 
     @staticmethod
     def _hang_up(box: _Box) -> None:
