@@ -189,7 +189,7 @@ class Doveadm:
             channel, length = _PACKET.unpack(await reader.readexactly(_PACKET.size))
             (log if channel == _LOG else output).extend(await reader.readexactly(length))
         text = bytes(output[: output.rindex(b"\n", 0, len(output) - 1)]).decode(errors="replace")
-        # Each value ends with a tab.
+        # Each value ends with a tab, but for what is a document by itself.
         values = text.strip("\n").removesuffix("\t").split("\t")
         if "\x01" in text:
             values = list(map(unescape, values))

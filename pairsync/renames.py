@@ -152,8 +152,8 @@ class Renames:
         for name in concerned:
             guid, at = origins.get(name, ("", 0.0))
             if name in names.values():
-                listed, _ = self._seen[user][name]
-                if name in origins and guid in ("", listed):
+                listed, _ = self._seen[user].get(name, ("", 0.0))
+                if listed and name in origins and guid in ("", listed):
                     # A user gave it that name before it was listed.
                     self._seen[user][name] = (listed, at)
             elif guid:

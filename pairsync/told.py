@@ -190,7 +190,7 @@ def follow(
     gone: dict[str, float] = {}
     later = sorted(seen.items(), key=lambda known: known[1][1], reverse=True)
     for change in changes:
-        while later and later[-1][1][1] < change.at:
+        while later and later[-1][1][1] <= change.at:
             origins.update([later.pop()])
         guid, _ = origins.pop(change.old, ("", 0.0))
         if change.new:

@@ -134,33 +134,36 @@ def up(site: Site, state: State, progress: Progress) -> dict[str, int]:
         # A stack without any is that of an operator who loads the zones' text elsewhere.
         zone_ids={zone.rstrip("."): world.zone_id(zone) for zone in world.zone_names},
     )
-    over = threading.Event()
+    failed = threading.Event()
     with ThreadPoolExecutor(max_workers=1) as pool:
-        booting = pool.submit(_boot_late, rehearsed, over, _boots(late, trusted), progress)
+        booting = pool.submit(_boot_late, rehearsed, failed, _boots(late, trusted), progress)
         try:
             with progress.step(f"pulumi up --stack {site.stack}"):
                 changes = rehearsed.up(progress, values=values)
-        finally:
-            over.set()
+        except BaseException:
+            failed.set()
+            raise
     booting.result()
     return changes
 
 
 def _boot_late(
-    rehearsed: program.Program, over: threading.Event, steps: Sequence[Step], progress: Progress
+    rehearsed: program.Program, failed: threading.Event, steps: Sequence[Step], progress: Progress
 ) -> None:
     """Boot servers that only send mail, which nobody needs before there is somebody to take it.
 
     On a new platform everybody waits for the first host, which waits for its certificate: they boot
-    meanwhile, and not while others have much to do.
+    meanwhile, and not while others have much to do. Where the run has failed by then, they do not.
     """
     if rehearsed.is_new():
         with contextlib.suppress(RehearsalError):
             wait_for(
-                lambda: over.is_set() or rehearsed.has_reached_a_host(),
+                lambda: failed.is_set() or rehearsed.has_reached_a_host(),
                 timeout=_FIRST_HOST_SECONDS,
                 what="the first host",
             )
+    if failed.is_set():
+        return
     _at_once(steps, progress, workers=_LATE_BOOTS)
 
 

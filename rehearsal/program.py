@@ -164,7 +164,7 @@ class Program:
     def has_reached_a_host(self) -> bool:
         """Whether the run that is on has given a host something."""
         log = self.state.root / _LOG
-        return log.exists() and bool(_FIRST_PUSH.search(log.read_text(encoding="utf-8")))
+        return log.exists() and bool(_FIRST_PUSH.search(log.read_text("utf-8", errors="replace")))
 
     def outputs(self) -> dict[str, Any]:
         """The stack's outputs, secret ones in plain."""

@@ -486,7 +486,7 @@ def _next_second() -> None:
 
 # Not beside BOX-3, which measures how long changes take: a folder that goes while a sync carries it
 # breaks the sync off.
-@check("BOX-5", quick=True, still=True)
+@check("BOX-5", quick=True, disturbs=("maildrop",))
 def filters_file_mail(ctx: Context) -> str:
     """A user's script files mail, those before and after it run, and a bad one is refused."""
     owner = owners(ctx)[-1]

@@ -4,10 +4,11 @@ by one."""
 
 from __future__ import annotations
 
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 
 from verify.context import Context, describe
 from verify.registry import Check, Failed, Phase, Skipped
@@ -41,7 +42,7 @@ def make(check: Check, context: Context) -> Result:
         if not isinstance(error, Failed):
             fresh.say(traceback.format_exc())
     seconds = time.monotonic() - started
-    if check.phase is not Phase.TOGETHER:
+    if check.disturbs or check.phase not in (Phase.TOGETHER, Phase.APART):
         context.disturb()
     if status is Status.FAIL:
         context.keep_transcript(check.id, fresh.transcript)
@@ -87,15 +88,33 @@ def run(
 
 
 def _beside(checks: Sequence[Check], one: Callable[[Check], Result], workers: int) -> list[Result]:
-    """Make checks beside one another, each after those before it that it clashes with."""
+    """Make checks beside one another, each after those before it that it clashes with.
+
+    One that runs alone does so in the calling thread, so that an interrupt reaches it.
+    """
     made: list[tuple[Check, Future[Result]]] = []
+    is_over = threading.Event()
 
     def after(before: Sequence[Future[Result]], check: Check) -> Result:
-        wait(before)
+        for future in before:
+            future.result()  # raises where that one was interrupted
+        if is_over.is_set():
+            raise CancelledError
         return one(check)
 
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-        for check in checks:
-            before = [future for other, future in made if check.clashes(other)]
-            made.append((check, pool.submit(after, before, check)))
-    return [future.result() for _, future in made]
+        try:
+            for check in checks:
+                before = [future for other, future in made if check.clashes(other)]
+                if check.is_exclusive:
+                    wait(before)
+                    future: Future[Result] = Future()
+                    future.set_result(one(check))
+                else:
+                    future = pool.submit(after, before, check)
+                made.append((check, future))
+            return [future.result() for _, future in made]
+        except BaseException:
+            is_over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -156,7 +156,8 @@ def test_what_was_seen_only_after_a_change_is_not_what_that_tells_of() -> None:
     """Else a folder that another server made anew would go with the one that was deleted."""
     deleted = Change("a", "", 2.0)
     assert follow([deleted], {"a": ("G", 1.0)}) == ({}, {"G": 2.0})
-    assert follow([deleted], {"a": ("G", 2.0)}) == ({"a": ("G", 2.0)}, {})
+    assert follow([deleted], {"a": ("G", 2.1)}) == ({"a": ("G", 2.1)}, {})
+    assert follow([Change("a", "b", 2.0), Change("b", "", 2.0)], {"a": ("G", 2.0)})[1] == {"G": 2.0}
     changes = [deleted, Change("", "a", 3.0), Change("a", "b", 5.0)]
     assert follow(changes, {"a": ("H", 4.0)}) == ({"b": ("H", 5.0)}, {})
     assert follow(changes, {"a": ("G", 1.0)}) == ({"b": ("", 5.0)}, {"G": 2.0})
@@ -864,6 +865,18 @@ def test_what_is_told_while_a_deleted_folder_is_looked_at_stays_told(tmp_path: P
     renames.began("jane/x")
     renames.note(hook(tmp_path, "a", "", 5.0))
     assert set(asyncio.run(renames.learn("jane/x")).gone) == {OTHER}
+
+
+def test_a_folder_of_which_a_later_list_knows_another_name_blocks_nobody(tmp_path: Path) -> None:
+    """Two of one GUID, of which the whole list has the other one last."""
+    dovecot = Dovecot({GUID: "c", OTHER: "d"}, {GUID: "c"}, {GUID: "a"})
+    dovecot.inbox = deleted(tmp_path, "ef" * 16, 90)
+    renames = made(tmp_path, dovecot)
+    saw(renames)
+    renames.note(hook(tmp_path, "b", "c", 5.0))
+    renames.note(hook(tmp_path, "d", "", 6.0))
+    told = asyncio.run(renames.learn("jane/x"))
+    assert (told.renamed, told.gone) == ({GUID: ("c", 5.0)}, {OTHER: 6.0})
 
 
 def test_a_name_of_the_peers_gets_its_time_and_one_of_ours_keeps_it(tmp_path: Path) -> None:

@@ -229,6 +229,32 @@ def test_late_checks_come_after_the_others_of_their_tier(context: Context) -> No
     assert order.index("BOX-7") < order.index("IN-4")
 
 
+@pytest.mark.parametrize("phase", [Phase.APART, Phase.DISRUPTIVE])
+def test_what_has_not_begun_when_a_run_is_interrupted_does_not_begin(
+    context: Context, phase: Phase
+) -> None:
+    began: list[str] = []
+
+    def interrupted(context: Context) -> str:
+        """Is interrupted."""
+        began.append("first")
+        raise KeyboardInterrupt
+
+    def second(context: Context) -> str:
+        """Comes after it."""
+        began.append("second")
+        return ""
+
+    tiers = frozenset() if phase is Phase.DISRUPTIVE else frozenset({"smtp_out"})
+    checks = [
+        Check("OUT-1", interrupted, False, False, phase, tiers),
+        Check("OUT-2", second, False, False, phase, tiers),
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(checks, context)
+    assert began == ["first"]
+
+
 def test_what_a_check_needs_is_not_disturbed_beside_it() -> None:
     def alone(identifier: str, disturbs: str = "", needs: str = "") -> Check:
         tiers = frozenset(disturbs.split()), frozenset(needs.split())
