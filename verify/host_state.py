@@ -106,6 +106,12 @@ ALLOWED: tuple[Allowed, ...] = (
         "smtpd", "purge_task: opendir", "OpenSMTPD's first start: nothing to purge is there yet"
     ),
     Allowed(
+        "postfix/",
+        "file system clock is 1 seconds ahead of local clock|resetting file time stamps",
+        "Linux 6.13 and later stamps files more finely than the clock tells that time(2) reads: at"
+        " the turn of a second a file is from the next one; Postfix stamps it again",
+    ),
+    Allowed(
         "redis-(server|sentinel)",
         "Memory overcommit must be enabled",
         "a rehearsal has its host's kernel; elsewhere redis-server.service sets it",
