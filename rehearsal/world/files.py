@@ -362,6 +362,7 @@ events {{ worker_connections 256; }}
 http {{
     access_log off;
     default_type application/octet-stream;
+    limit_req_zone $server_name zone=orders:64k rate=10r/s;
     server {{
 {listen}        server_name {" ".join(plan.MIRROR_NAMES)};
         root {MIRROR};
@@ -381,6 +382,12 @@ http {{
         location /chalZ/ {{
             proxy_pass https://127.0.0.1:{_ACME_PORT};
             add_header Retry-After 0;
+        }}
+        # Pebble stops for good if an order is asked for as it issues the certificate, which it does
+        # right after it has answered: whoever asks next waits for a tenth of a second.
+        location ~ ^/(finalize-order|my-order)/ {{
+            limit_req zone=orders burst=100;
+            proxy_pass https://127.0.0.1:{_ACME_PORT};
         }}
     }}
 }}
