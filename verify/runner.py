@@ -1,6 +1,5 @@
-"""Makes the checks of a run: those that only look side by side, then those that disturb one tier
-beside those that disturb another, those that want stillness beside one another, and the others one
-by one."""
+"""Makes the checks of a run, phase by phase (:class:`verify.registry.Phase`): within one, beside
+one another, but for those that clash."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 from verify.context import Context, describe
 from verify.registry import Check, Failed, Phase, Skipped
@@ -107,9 +106,8 @@ def _beside(checks: Sequence[Check], one: Callable[[Check], Result], workers: in
             for check in checks:
                 before = [future for other, future in made if check.clashes(other)]
                 if check.is_exclusive:
-                    wait(before)
                     future: Future[Result] = Future()
-                    future.set_result(one(check))
+                    future.set_result(after(before, check))
                 else:
                     future = pool.submit(after, before, check)
                 made.append((check, future))
