@@ -23,6 +23,8 @@ _NUMBERS = struct.Struct("<8xII4xI")
 """Number of a log in a folder's index, and of the one before it; 0: it does not go on from one.
 Then when it was begun, in seconds since 1970.
 """
+HEAD = _NUMBERS.size
+"""Bytes of a log that tell who began it."""
 _FIRST = 2
 """A new folder begins with these."""
 _RECORD = struct.Struct("<II")
@@ -66,12 +68,14 @@ History = Sequence[Life]
 """Of one folder, on one server: what is there, and what was as far as its log tells."""
 
 
-def logs_of(index: Path) -> list[bytes]:
-    """The logs of the folder whose index is there, the older one first."""
+def logs_of(index: Path, size: int = -1) -> list[bytes]:
+    """The logs of the folder whose index is there, the older one first; the first bytes of each
+    where there is a ``size``.
+    """
     found = []
     for log in LOGS:
-        with contextlib.suppress(OSError):
-            found.append((index / log).read_bytes())
+        with contextlib.suppress(OSError), (index / log).open("rb") as file:
+            found.append(file.read(size))
     return found
 
 
@@ -94,17 +98,15 @@ def repaired(logs: Sequence[bytes]) -> tuple[set[int], set[int]]:
     unclear: set[int] = set()
     restored: set[int] = set()
     for log in logs:
-        if len(log) < _NUMBERS.size:
-            continue
-        number, before, began = _NUMBERS.unpack_from(log)
-        if number <= _FIRST or before:
+        repair = _repair(log)
+        if repair is None:
             continue
         transactions = _transactions(log)
         for kind, body in next(transactions, ()):
             if kind & _TYPE == _APPEND:
                 unclear.update(uid for uid, _ in _whole(_NEW, body))
         for transaction in transactions:
-            uids = _put_back(transaction, began)
+            uids = _put_back(transaction, repair.began)
             if not uids:
                 break
             restored |= uids
@@ -114,6 +116,29 @@ def repaired(logs: Sequence[bytes]) -> tuple[set[int], set[int]]:
                 if kind & _TYPE == _EXPUNGE:
                     restored.difference_update(uid for uid, _ in _whole(_WITH_GUID, body))
     return unclear, restored
+
+
+class Repair(NamedTuple):
+    """A log that Dovecot began in a repair of a folder.
+
+    :param began: seconds since 1970
+    """
+
+    number: int
+    began: int
+
+
+def repairs(logs: Iterable[bytes]) -> frozenset[Repair]:
+    """Dovecot's last repairs of a folder; the first :data:`HEAD` bytes of its logs are enough."""
+    return frozenset(repair for log in logs if (repair := _repair(log)) is not None)
+
+
+def _repair(log: bytes) -> Repair | None:
+    """The repair that began the log; None: it goes on from another one, or is a new folder's."""
+    if len(log) < _NUMBERS.size:
+        return None
+    number, before, began = _NUMBERS.unpack_from(log)
+    return None if number <= _FIRST or before else Repair(number, began)
 
 
 def is_made_since(logs: Sequence[bytes], at: float) -> bool:

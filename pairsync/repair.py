@@ -27,7 +27,7 @@ from typing import Any
 
 from pairsync import history, notify
 from pairsync.doveadm import Doveadm, DovecotError, mails_of, uid_set
-from pairsync.history import History, Life, Mail
+from pairsync.history import History, Life, Mail, Repair
 from pairsync.state import States
 
 Common = dict[str, int]
@@ -100,12 +100,14 @@ class Mailbox:
     :param names: folder (its GUID) -> its name
     :param unclear: folder (its GUID) -> UIDs of mails of which nobody knows who put them there
     :param restored: folder (its GUID) -> UIDs of mails that Dovecot put there in a repair
+    :param repairs: where a folder's logs are -> repairs of it that are known; this server's own
     """
 
     histories: Mapping[str, History]
     names: Mapping[str, str] = field(default_factory=dict)
     unclear: Uids = field(default_factory=dict)
     restored: Uids = field(default_factory=dict)
+    repairs: Mapping[Path, Set[Repair]] = field(default_factory=dict)
 
     def here(self, folder: str) -> set[Mail]:
         """What is in a folder."""
@@ -408,10 +410,11 @@ async def _look(doveadm: Doveadm, states: States, user: str) -> Mailbox:
     histories: dict[str, History] = {}
     unclear: dict[str, set[int]] = {}
     restored: dict[str, set[int]] = {}
+    repairs: dict[Path, Set[Repair]] = {}
     for _ in range(_LOOKS):
         paths = await _paths(doveadm, user, unread)
         found = await asyncio.to_thread(_histories, rows, paths, doubles, renumbered)
-        for folder, (histories[folder], repaired) in found.items():
+        for folder, (histories[folder], repaired, repairs[paths[folder]]) in found.items():
             unclear[folder], restored[folder] = repaired
         now = await doveadm.folders(user)
         # The log of a folder that was renamed meanwhile was not where it was looked for.
@@ -429,7 +432,7 @@ async def _look(doveadm: Doveadm, states: States, user: str) -> Mailbox:
         {folder: mails & told.get(folder, mails) for folder, mails in doubles.items()},
         {folder: mails & told.get(folder, mails) for folder, mails in renumbered.items()},
     )
-    return Mailbox(histories, names, unclear, restored)
+    return Mailbox(histories, names, unclear, restored, repairs)
 
 
 def _histories(
@@ -437,18 +440,18 @@ def _histories(
     paths: Mapping[str, Path],
     doubles: Mapping[str, Set[Mail]],
     renumbered: Mapping[str, Set[Mail]],
-) -> dict[str, tuple[History, tuple[set[int], set[int]]]]:
-    """Folder (its GUID) -> its history, and what tells of its repairs."""
+) -> dict[str, tuple[History, tuple[set[int], set[int]], Set[Repair]]]:
+    """Folder (its GUID) -> its history, what its repairs did, and these."""
     present: dict[str, list[Mail]] = {}
     for folder, uid, guid in rows:
         present.setdefault(folder, []).append((int(uid), guid))
-    found = {}
+    found: dict[str, tuple[History, tuple[set[int], set[int]], Set[Repair]]] = {}
     for folder, path in paths.items():
         logs = history.logs_of(path)
         lives = history.read(logs, present.get(folder, ()))
         lives = history.linked(lives, renumbered.get(folder, set()))
         lives = history.spared(lives, doubles.get(folder, set()))
-        found[folder] = (lives, history.repaired(logs))
+        found[folder] = (lives, history.repaired(logs), history.repairs(logs))
     return found
 
 
@@ -460,7 +463,8 @@ async def _paths(doveadm: Doveadm, user: str, names: Mapping[str, str]) -> dict[
 async def mend(doveadm: Doveadm, states: States, user: str, box: Mailbox, plan: Plan) -> int:
     """Carry out a plan here; returns how many mails got new UIDs.
 
-    Raises :class:`DovecotError`.
+    Raises :class:`DovecotError`, also where Dovecot repaired the storage meanwhile: it may have put
+    back what was deleted, as it found that in no folder.
     """
     moving = {
         folder: {mail for mail in box.here(folder) if mail[0] in uids}
@@ -487,7 +491,17 @@ async def mend(doveadm: Doveadm, states: States, user: str, box: Mailbox, plan: 
             which = uid_set(uid for uid, _ in moved)
             name = await _in_folder(doveadm, user, box.names[folder], folder, which, "move")
             notify.log(notify.INFO, f"{user}: left out by a broken run, in {name}: UIDs {which}")
+    if await asyncio.to_thread(_is_repaired_since, box):
+        raise DovecotError(f"{user}: Dovecot repaired the storage while mails were seen to")
     return sum(map(len, moving.values()))
+
+
+def _is_repaired_since(box: Mailbox) -> bool:
+    """Whether Dovecot repaired the storage since it was looked at. It begins all logs anew then."""
+    return any(
+        history.repairs(history.logs_of(index, history.HEAD)) - known
+        for index, known in box.repairs.items()
+    )
 
 
 async def _in_folder(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-APPEND, INTRO, DATA, EXPUNGE = 0x2, 0x40, 0x200, 0x2000 | 0xCD90
+APPEND, FLAGS, INTRO, DATA, EXPUNGE = 0x2, 0x4, 0x40, 0x200, 0x2000 | 0xCD90
 BOUNDARY = 0x80000
 DONE, DSYNC = 0x10000000, 0x20000000
 BEGAN = 1_700_000_000

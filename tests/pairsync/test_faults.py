@@ -8,7 +8,10 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
+import shutil
 import signal
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +25,7 @@ from pairsync.doveadm import Doveadm, guid_of
 from pairsync.history import Life
 from pairsync.repair import Mailbox, Plan, look, mend
 from pairsync.state import States
+from tests.index_logs import FLAGS, record
 from tests.pairsync.pair import SECRET, VMAIL, Pair, Server, wait_for
 
 HEALED = 15.0
@@ -383,6 +387,39 @@ def test_what_comes_under_a_name_that_dsync_just_gave_back_stays_when_mails_are_
     assert_all_there(pair, {user: ["after"]})
     folders = pair.b.contents(user)["folders"]
     assert (len(folders[new]), old in folders) == (1, False)
+
+
+def test_what_dovecot_puts_back_while_mails_are_compared_goes_again(pair: Pair, user: str) -> None:
+    """Its storage is found broken by a crash when a mail is deleted. It has a mail of which the
+    folder's index was not written, and which was moved on the other server.
+    """
+    mdbox = pair.b.path(f"/var/dovecot/users/{user}/mdbox")
+    index, before = mdbox / "mailboxes/INBOX/dbox-Mails", mdbox / "before"
+    pair.a.deliver(user, "deleted")
+    pair.wait_equal([user], 5)
+    pair.b.shell(f"cd /var/dovecot/users/{user}/mdbox && cp -a mailboxes/INBOX/dbox-Mails before")
+    pair.a.deliver(user, "moved")
+    pair.wait_equal([user], 5)
+    for server in pair.both:
+        server.kill_pairsync()
+    try:
+        shutil.rmtree(index)
+        before.rename(index)
+        pair.b.deliver(user, "new")
+        with pair.a.imap(user) as imap:
+            imap.select()
+            assert (imap.create("x")[0], imap.xatom("MOVE", "2", "x")[0]) == ("OK", "OK")
+            imap.store("1", "+FLAGS", "(\\Deleted)")
+            assert imap.expunge()[1][-1] == b"1"
+        with (mdbox / "storage/dovecot.map.index.log").open("ab") as log:
+            log.write(record(FLAGS, struct.pack("<II4x", 1, 1)))  # the index has it not
+    finally:
+        for server in pair.both:
+            server.start_pairsync()
+    assert_all_there(pair, {user: ["moved", "new"]})
+    assert len(pair.a.contents(user)["folders"]["x"]) == 1
+    log = pair.b.path("/var/log/dovecot.log").read_text()
+    assert re.search(rf"\({user}\).* rebuilding indexes", log)
 
 
 def test_a_change_outlives_a_killed_daemon(pair: Pair, user: str) -> None:

@@ -388,12 +388,14 @@ def restored(pair: Pair, user: str, journal: Journal) -> set[str]:
 
 
 @contextmanager
-def kept(pair: Pair, users: Iterable[str]) -> Iterator[None]:
+def kept(pair: Pair, users: Iterable[str], journal: Journal) -> Iterator[None]:
     """Keep what tells why, if it is wanted, when something is wrong."""
     try:
         yield
     except BaseException:
         if place := os.environ.get("PAIRSYNC_EVIDENCE"):
+            Path(place).mkdir(parents=True, exist_ok=True)
+            (Path(place) / "journal").write_text("\n".join(map(str, journal.rows)))
             for server in pair.both:
                 folder = Path(place) / server.name
                 for user in users:
@@ -457,16 +459,16 @@ def work(pair: Pair, seed: int, *, plugs: bool) -> None:
     for client in clients:
         client.may_wait = plugs
     faults = Faults(pair, chance, journal, plugs=plugs)
-    with ThreadPoolExecutor(len(clients)) as pool:
-        for number in range(OPERATIONS // len(clients)):
-            if number % _CYCLE == _BEGIN:
-                faults.begin()
-            elif number % _CYCLE == _HEAL:
-                faults.heal()
-            alive = [client for client in clients if client.server is not faults.dead]
-            list(pool.map(Client.step_or_log_in_again, alive))
-    faults.heal()
-    with kept(pair, mails):
+    with kept(pair, mails, journal):
+        with ThreadPoolExecutor(len(clients)) as pool:
+            for number in range(OPERATIONS // len(clients)):
+                if number % _CYCLE == _BEGIN:
+                    faults.begin()
+                elif number % _CYCLE == _HEAL:
+                    faults.heal()
+                alive = [client for client in clients if client.server is not faults.dead]
+                list(pool.map(Client.step_or_log_in_again, alive))
+        faults.heal()
         limit = time.monotonic() + HEALED
         # Who is written on both servers gets one run more when he rests.
         pair.wait_quiet(HEALED)

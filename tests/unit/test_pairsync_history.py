@@ -13,12 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pairsync.history import (
+    HEAD,
     Life,
+    Repair,
     appends,
     from_there,
     linked,
     read,
     repaired,
+    repairs,
     spared,
     surplus,
     unwanted,
@@ -238,6 +241,12 @@ def test_what_was_there_when_dovecot_repaired_a_folder_is_unclear() -> None:
     # A new folder, and one that goes on.
     for other in (log(*records), log(*records, number=3, before=2), log(number=3), b""):
         assert repaired([other]) == (set(), set())
+
+
+def test_repairs_are_told_from_others_by_the_heads_of_the_logs() -> None:
+    first, second = (log(append(9, G), number=n)[:HEAD] for n in (3, 4))
+    assert repairs([first, second]) == {Repair(3, BEGAN), Repair(4, BEGAN)}
+    assert repairs([log(), log(number=3, before=2), first[:-1], b""]) == set()
 
 
 def put_back(uid: int, guid: str, at: int = BEGAN) -> bytes:
