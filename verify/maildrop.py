@@ -1026,7 +1026,7 @@ def _all_equal(ctx: Context, mine: list[Work], since: float) -> float:
 # -- BOX-4 --------------------------------------------------------------------------------------
 
 
-@check("BOX-4", disruptive=True)
+@check("BOX-4", disruptive=True, disturbs=("replication",), needs=("smtp_in", "maildrop"))
 def both_sides_of_a_cut_are_kept(ctx: Context) -> str:
     """Both replicas written while they cannot reach each other: the union, nothing twice."""
     first, second = replicas(ctx)
@@ -1062,7 +1062,12 @@ def _expect_visible(ctx: Context, replica: Host) -> None:
 # -- BOX-8 --------------------------------------------------------------------------------------
 
 
-@check("BOX-8", disruptive=True)
+@check(
+    "BOX-8",
+    disruptive=True,
+    disturbs=("maildrop", "replication"),
+    needs=("smtp_in", "rspamd", "nginx_streams"),
+)
 def mail_prefers_the_primary(ctx: Context) -> str:
     """Mail goes to the first replica by MX; while it is dead, to the second."""
     first, second = replicas(ctx)
@@ -1106,7 +1111,7 @@ def mail_prefers_the_primary(ctx: Context) -> str:
 # -- BOX-10 -------------------------------------------------------------------------------------
 
 
-@check("BOX-10", disruptive=True)
+@check("BOX-10", disruptive=True, disturbs=("replication",), needs=("smtp_in", "maildrop"))
 def nothing_stops_the_sync_for_long(ctx: Context) -> str:
     """Daemon killed, plug pulled, a run stalled, a wrong certificate: equal soon afterwards."""
     observed = []

@@ -26,7 +26,12 @@ PATIENCE = 3.0
 """Seconds within which a login must be through (contract, EDGE-1)."""
 
 
-@check("EDGE-1", disruptive=True)
+@check(
+    "EDGE-1",
+    disruptive=True,
+    disturbs=("smtp_out", "maildrop", "replication"),
+    needs=("nginx_streams",),
+)
 def backups_take_over(ctx: Context) -> str:
     """With a primary dead logins go to a backup within 3 s, and back when it returns."""
     told = _submission_taken_over(ctx)
@@ -404,7 +409,7 @@ def _elsewhere(ctx: Context) -> str:
     return f"relay-probe@{ctx.lab.world.domain('strict')}"
 
 
-@check("EDGE-3", disruptive=True)
+@check("EDGE-3", disruptive=True, disturbs=("nginx_streams",), needs=("smtp_out", "maildrop"))
 def frontends_are_independent(ctx: Context) -> str:
     """Every frontend serves both families, and losing one leaves the others serving."""
     each(frontend_doors(ctx), lambda door: _login(ctx, door))

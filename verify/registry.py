@@ -63,7 +63,8 @@ class Phase(StrEnum):
     """Changes something for a moment and puts it back: at most some others of this kind run beside
     it."""
     DISRUPTIVE = "disruptive"
-    """Takes machines away: alone, and after everything else."""
+    """Takes machines away: beside those at most that do not count on them, and after everything
+    else."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,8 @@ class Registry:
                 others of this kind alone.
             alone: Changes something that those before count on, and puts it back. Where it names
                 what it disturbs and needs, others of this kind may run beside it.
-            disruptive: Takes machines away: runs alone, after everything else.
+            disruptive: Takes machines away: runs after everything else. Where it names what it
+                disturbs and needs, others of this kind may run beside it.
 
         Raises:
             ValueError: The id is none of the contract's, has a check already, or the function

@@ -3,11 +3,10 @@ one another, but for those that clash."""
 
 from __future__ import annotations
 
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from verify.context import Context, describe
 from verify.registry import Check, Failed, Phase, Skipped
@@ -21,7 +20,7 @@ _HOW = {
     Phase.APART: "beside one another, in turn for each tier",
     Phase.STILL: "undisturbed",
     Phase.ALONE: "beside few others",
-    Phase.DISRUPTIVE: "one by one",
+    Phase.DISRUPTIVE: "each beside those that do not count on what it takes away",
 }
 
 Progress = Callable[[str], None]
@@ -68,7 +67,7 @@ def run(
     started = time.monotonic()
 
     def one(check: Check) -> Result:
-        if check.is_exclusive:
+        if check.is_exclusive or check.phase is Phase.DISRUPTIVE:
             progress(f"{check.id}: {check.title} ...")
         result = make(check, context)
         progress(f"{check.id}: {result.status} ({result.seconds:.1f} s)")
@@ -87,32 +86,30 @@ def run(
 
 
 def _beside(checks: Sequence[Check], one: Callable[[Check], Result], workers: int) -> list[Result]:
-    """Make checks beside one another, each after those before it that it clashes with.
+    """Make checks beside one another, each as soon as it clashes with none that runs.
 
-    One that runs alone does so in the calling thread, so that an interrupt reaches it.
+    One that runs alone does so in the calling thread, so that an interrupt reaches it; those after
+    it wait for it.
     """
-    made: list[tuple[Check, Future[Result]]] = []
-    is_over = threading.Event()
-
-    def after(before: Sequence[Future[Result]], check: Check) -> Result:
-        for future in before:
-            future.result()  # raises where that one was interrupted
-        if is_over.is_set():
-            raise CancelledError
-        return one(check)
-
+    waiting, running = list(checks), dict[Future[Result], Check]()
+    made: list[Result] = []
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
         try:
-            for check in checks:
-                before = [future for other, future in made if check.clashes(other)]
-                if check.is_exclusive:
-                    future: Future[Result] = Future()
-                    future.set_result(after(before, check))
-                else:
-                    future = pool.submit(after, before, check)
-                made.append((check, future))
-            return [future.result() for _, future in made]
+            while waiting or running:
+                for check in tuple(waiting):
+                    if any(check.clashes(other) for other in running.values()):
+                        if check.is_exclusive:
+                            break
+                        continue
+                    waiting.remove(check)
+                    if check.is_exclusive:
+                        made.append(one(check))
+                    else:
+                        running[pool.submit(one, check)] = check
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[future]
+                    made.append(future.result())  # raises where the check was interrupted
         except BaseException:
-            is_over.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    return made

@@ -326,7 +326,12 @@ def _expect_filter(ctx: Context, owner: Owner, name: str) -> None:
 # -- WEB-3 --------------------------------------------------------------------------------------
 
 
-@check("WEB-3", disruptive=True)
+@check(
+    "WEB-3",
+    disruptive=True,
+    disturbs=("webmail",),
+    needs=("maildrop", "replication", "nginx_streams"),
+)
 def the_standby_takes_over(ctx: Context) -> str:
     """With the first webmail host dead the standby serves within seconds, and lets users in."""
     first, *others = hosts(ctx)
@@ -522,7 +527,12 @@ def _told(heard: Callable[[], str]) -> dict[str, str]:
 # -- WEB-5 --------------------------------------------------------------------------------------
 
 
-@check("WEB-5", disruptive=True)
+@check(
+    "WEB-5",
+    disruptive=True,
+    disturbs=("maildrop", "replication", "smtp_out"),
+    needs=("webmail", "nginx_streams", "smtp_in", "rspamd"),
+)
 def webmail_outlives_what_is_behind_it(ctx: Context) -> str:
     """With the first maildrop, then the first smtp-out dead, webmail logs in, reads and sends."""
     hosts(ctx)

@@ -229,6 +229,35 @@ def test_late_checks_come_after_the_others_of_their_tier(context: Context) -> No
     assert order.index("BOX-7") < order.index("IN-4")
 
 
+def test_a_check_begins_while_an_earlier_one_still_waits(context: Context) -> None:
+    """But never before one that runs alone."""
+    meet = threading.Barrier(2, timeout=5)
+    order: list[str] = []
+
+    def disruptive(identifier: str, disturbs: str = "", *, meets: bool = False) -> Check:
+        def look(context: Context) -> str:
+            """Takes something away."""
+            if meets:
+                meet.wait()
+            order.append(identifier)
+            return ""
+
+        return Check(identifier, look, False, False, Phase.DISRUPTIVE, frozenset(disturbs.split()))
+
+    report = runner.run(
+        [
+            disruptive("SPAM-3", "rspamd", meets=True),
+            disruptive("SPAM-6", "rspamd"),
+            disruptive("BOX-4", "maildrop", meets=True),
+            disruptive("HOST-6"),
+            disruptive("WEB-3", "webmail"),
+        ],
+        context,
+    )
+    assert report.count(Status.PASS) == 5, report.table()
+    assert order[-2:] == ["HOST-6", "WEB-3"]
+
+
 @pytest.mark.parametrize("phase", [Phase.APART, Phase.DISRUPTIVE])
 def test_what_has_not_begun_when_a_run_is_interrupted_does_not_begin(
     context: Context, phase: Phase
