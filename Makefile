@@ -24,10 +24,11 @@ contract: .venv/.ready ## every check of the mail contract, the disruptive ones 
 	$(REHEARSAL) up --stack $(STACK)
 	$(REHEARSAL) verify --all
 
-# The last part wants the machine for itself: one platform at a time.
+# Tests of the first part mostly wait, so there are more of them than cores. The last part wants the
+# machine for itself: one platform at a time.
 test: fast ## everything that CI runs
-	$(PYTHON) -m pytest -n auto --dist loadfile tests/render
-	$(PYTHON) -m pytest tests $(addprefix --ignore=tests/,unit graph render)
+	$(PYTHON) -m pytest -n 4 --dist loadfile tests $(addprefix --ignore=tests/,unit graph platform)
+	$(PYTHON) -m pytest tests/platform
 
 fast: lint ## the tests that need neither root nor an engine
 	$(PYTHON) -m pytest -n auto --dist worksteal tests/unit tests/graph

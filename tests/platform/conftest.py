@@ -20,11 +20,6 @@ from verify.stack import Stack
 STACK = "prod"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on the whole platform come last: others want the machine for networks of their own."""
-    items.sort(key=lambda item: "platform_up" in getattr(item, "fixturenames", ()))
-
-
 @pytest.fixture(scope="session")
 def platform_up() -> Iterator[Context]:
     """The platform of the stack ``prod``, up and unchanged. It stays up if it was up before."""

@@ -20,7 +20,7 @@ from rehearsal.state import State
 from .isolation import isolated, needs_machines
 from .sample import platform
 
-pytestmark = needs_machines
+pytestmark = [needs_machines, pytest.mark.usefixtures("names")]
 
 NAME = "left.net.pelican.example"
 QUIET = Progress(quiet=True)

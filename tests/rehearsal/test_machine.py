@@ -19,7 +19,7 @@ from rehearsal.state import State, children
 from .isolation import isolated, needs_machines
 from .sample import platform
 
-pytestmark = needs_machines
+pytestmark = [needs_machines, pytest.mark.usefixtures("names")]
 
 NAME = "probe.net.pelican.example"
 MAC = "52:54:00:aa:bb:01"

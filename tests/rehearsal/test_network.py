@@ -16,7 +16,7 @@ from rehearsal.state import State
 from .isolation import isolated, needs_machines
 from .sample import platform
 
-pytestmark = needs_machines
+pytestmark = [needs_machines, pytest.mark.usefixtures("names")]
 
 
 def answer(namespace: str, address: str) -> str:

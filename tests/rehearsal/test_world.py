@@ -63,7 +63,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> State:
 
 
 @pytest.fixture(scope="module")
-def sealed(platform: Platform, state: State) -> Iterator[network.Network]:
+def sealed(names: None, platform: Platform, state: State) -> Iterator[network.Network]:
     if network.namespaces():
         pytest.skip("a rehearsal is up on this machine; end it with: make down")
     found = network.Network(platform, state)
