@@ -9,6 +9,7 @@ without its secrets; throwaway ones take their place.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -324,7 +326,14 @@ def _keys(path: Path) -> set[str]:
 
 
 def _program() -> None:
-    """The platform's own program, unchanged."""
+    """The platform's own program, unchanged.
+
+    Two thousand lines for those who debug Pulumi are left out. Each would be a call of the engine
+    that everything else waits for, and nobody reads them.
+    """
+    from pulumi import log
+
+    vars(log).update(debug=lambda *_, **__: None)
     runpy.run_path(str(CHECKOUT / "__main__.py"), run_name="__main__")
 
 
@@ -431,6 +440,7 @@ class _Inside:
             own.env_vars = {**own.env_vars, "PULUMI_SKIP_CHECKPOINTS": "true"}
         urns = self._urns(stack, replace)
         running = _Watch(self.progress, self.state.root / _LOG).running()
+        _ask_nothing_after(stack)
         with self._other_site(stack), running as watch:
             try:
                 self._act(
@@ -572,6 +582,19 @@ class _Watch:
             }
 
 
+def _ask_nothing_after(stack: automation.Stack) -> None:
+    """Have ``up`` end with the engine.
+
+    The Automation API would ask for the stack's outputs, for the secret ones in plain, and for its
+    history: a second's work that nobody here reads.
+    """
+    from pulumi import automation
+
+    began = datetime.fromtimestamp(0, UTC)
+    nothing = automation.UpdateSummary("update", began, "", {}, {}, "succeeded")
+    vars(stack).update(outputs=dict, info=lambda show_secrets: nothing)
+
+
 def _is_custom(urn: str) -> bool:
     kind = urn.split("::")[2].rpartition("$")[2]
     return not kind.startswith(("mail:index:", "pulumi:pulumi:", "pulumi:providers:"))
@@ -596,6 +619,7 @@ def main() -> int:
     parser.add_argument("--replace", action="append", default=[], help="resource to replace")
     options = parser.parse_args()
     state = State(options.state)
+    gc.disable()  # A few seconds' work, nearly all of which is needed to the end.
     # The engine gets the signal too and ends in order; this process has to see it through.
     signal.signal(signal.SIGINT, lambda *_: None)
     try:

@@ -681,7 +681,7 @@ def full_mailboxes_refuse_mail(ctx: Context) -> str:
     def wait(full: bool) -> None:
         each(
             doors,
-            lambda d: eventually(lambda: room(d, full), seconds=FORGOTTEN, every=1.0),
+            lambda d: eventually(lambda: room(d, full), seconds=FORGOTTEN, every=0.3),
         )
 
     with direct(ctx, replicas(ctx)[0]).enter(ctx, owner) as session:

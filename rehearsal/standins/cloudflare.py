@@ -14,6 +14,7 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final
@@ -242,6 +243,7 @@ class DnsRecord(Resource):
         self._store = store
         self._publisher = publisher
         self._lock = threading.Lock()
+        self._names: dict[str, threading.Lock] = {}
 
     def check(self, inputs: Properties) -> Iterator[Failure]:
         kind, priority = inputs["type"], inputs.get("priority", 0)
@@ -264,6 +266,18 @@ class DnsRecord(Resource):
             )
         return zone
 
+    @contextmanager
+    def _alone(self, *names: str) -> Iterator[None]:
+        """Nobody else changes what has these names. The name server signs what comes for others
+        meanwhile in one go.
+        """
+        with self._lock:
+            locks = [self._names.setdefault(name, threading.Lock()) for name in sorted({*names})]
+        with ExitStack() as held:
+            for lock in locks:
+                held.enter_context(lock)
+            yield
+
     def _publish(
         self, inputs: Properties, old: Record | None, refuse: Callable[[Refused], ApiError]
     ) -> Record:
@@ -277,32 +291,32 @@ class DnsRecord(Resource):
                 record.served_ttl,
             ):
                 return record
-            others = self._publisher.records(zone, record.name)
-            if old is not None and old.name == record.name:
-                others -= {old.data}
-            problem = conflict(record, others)
-            if problem is not None:
-                raise problem
+            with self._alone(record.name, *([old.name] if old is not None else [])):
+                others = self._publisher.records(zone, record.name)
+                if old is not None and old.name == record.name:
+                    others -= {old.data}
+                problem = conflict(record, others)
+                if problem is not None:
+                    raise problem
+                self._publisher.change(
+                    zone,
+                    (old.name, old.data) if old is not None else None,
+                    (record.name, record.served_ttl, record.data),
+                )
         except Refused as problem:
             raise refuse(problem) from None
-        self._publisher.change(
-            zone,
-            (old.name, old.data) if old is not None else None,
-            (record.name, record.served_ttl, record.data),
-        )
         return record
 
     def create(self, inputs: Properties, call: Call) -> Created:
         path = f"/zones/{inputs['zoneId']}/dns_records"
-        with self._lock:
-            record = self._publish(
-                inputs,
-                None,
-                lambda why: ApiError("POST", path, why.code, why.message, "400 Bad Request"),
-            )
-            id, now = secrets.token_hex(16), _now()
-            with self._store.edit() as data:
-                data.setdefault("records", {})[id] = {**asdict(record), "created_on": now}
+        record = self._publish(
+            inputs,
+            None,
+            lambda why: ApiError("POST", path, why.code, why.message, "400 Bad Request"),
+        )
+        id, now = secrets.token_hex(16), _now()
+        with self._store.edit() as data:
+            data.setdefault("records", {})[id] = {**asdict(record), "created_on": now}
         return Created(id, self._computed(inputs, now, now))
 
     def _computed(self, inputs: Properties, created: str, modified: str) -> Properties:
@@ -325,44 +339,42 @@ class DnsRecord(Resource):
         return Record(**{key: kept[key] for key in kept if key != "created_on"}), created
 
     def read(self, id: str, state: Properties, call: Call) -> Properties | None:
-        with self._lock:
-            found = self._find(id)
-            if found is None:
-                return None
-            record, _ = found
-            zone = self._publisher.zones().get(record.zone_id)
-            if zone is None or record.data not in self._publisher.records(zone, record.name):
-                return None
+        found = self._find(id)
+        if found is None:
+            return None
+        record, _ = found
+        zone = self._publisher.zones().get(record.zone_id)
+        if zone is None or record.data not in self._publisher.records(zone, record.name):
+            return None
         return state
 
     def update(self, id: str, old: Properties, new: Properties, call: Call) -> Properties:
         path = f"/zones/{new['zoneId']}/dns_records/{id}"
-        with self._lock:
-            found = self._find(id)
-            if found is None:
-                raise ApiError("PUT", path, 81044, "Record does not exist.", "404 Not Found")
-            record, created = found
-            changed = self._publish(
-                new,
-                record,
-                lambda why: ApiError("PUT", path, why.code, why.message, "400 Bad Request"),
-            )
-            with self._store.edit() as data:
-                data["records"][id] = {**asdict(changed), "created_on": created}
+        found = self._find(id)
+        if found is None:
+            raise ApiError("PUT", path, 81044, "Record does not exist.", "404 Not Found")
+        record, created = found
+        changed = self._publish(
+            new,
+            record,
+            lambda why: ApiError("PUT", path, why.code, why.message, "400 Bad Request"),
+        )
+        with self._store.edit() as data:
+            data["records"][id] = {**asdict(changed), "created_on": created}
         return self._computed(new, created, _now())
 
     def delete(self, id: str, state: Properties, call: Call) -> None:
         path = f"/zones/{state['zoneId']}/dns_records/{id}"
-        with self._lock:
-            found = self._find(id)
-            if found is None:
-                raise ApiError("DELETE", path, 81044, "Record does not exist.", "404 Not Found")
-            record, _ = found
-            zone = self._publisher.zones().get(record.zone_id)
-            if zone is not None:
+        found = self._find(id)
+        if found is None:
+            raise ApiError("DELETE", path, 81044, "Record does not exist.", "404 Not Found")
+        record, _ = found
+        zone = self._publisher.zones().get(record.zone_id)
+        if zone is not None:
+            with self._alone(record.name):
                 self._publisher.change(zone, (record.name, record.data), None)
-            with self._store.edit() as data:
-                del data["records"][id]
+        with self._store.edit() as data:
+            del data["records"][id]
 
     def undo(self, created: Created, inputs: Properties, call: Call) -> None:
         self.delete(created.id, inputs, call)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,11 @@ from .base import ProviderError
 
 TIMEOUT: Final = 10.0
 """Seconds to wait for an answer of the name server."""
+
+CONNECTIONS: Final = 8
+"""To the name server at once. Knot keeps no more than ten waiting, and a client that it leaves out
+tries again after a second.
+"""
 
 _OF_SIGNING: Final = frozenset(
     {
@@ -84,6 +90,7 @@ class NameServer:
     def __init__(self, access: Path, guard: Callable[[], None]) -> None:
         self._access = access
         self._guard = guard
+        self._free = threading.BoundedSemaphore(CONNECTIONS)
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -102,7 +109,8 @@ class NameServer:
         self._guard()
         where = f"{access['address']} port {access['port']}"
         try:
-            return dns.query.tcp(query, access["address"], port=access["port"], timeout=TIMEOUT)
+            with self._free:
+                return dns.query.tcp(query, access["address"], port=access["port"], timeout=TIMEOUT)
         except dns.tsig.PeerError as error:
             raise ProviderError(f"name server {where} refuses the key: {error}") from error
         except (OSError, dns.exception.DNSException) as error:
