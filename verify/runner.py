@@ -76,7 +76,7 @@ def run(
     results: list[Result] = []
     for phase in Phase:
         mine = [c for c in checks if c.phase is phase]
-        mine.sort(key=lambda check: (not check.long, check.late))
+        mine.sort(key=lambda check: (check.is_exclusive, not check.long, check.late))
         beside = [c.id for c in mine if not c.is_exclusive]
         if beside:
             progress(f"{_HOW[phase]}: {' '.join(beside)}")
@@ -88,8 +88,7 @@ def run(
 def _beside(checks: Sequence[Check], one: Callable[[Check], Result], workers: int) -> list[Result]:
     """Make checks beside one another, each as soon as it clashes with none that runs.
 
-    One that runs alone does so in the calling thread, so that an interrupt reaches it; those after
-    it wait for it.
+    Those that run alone come last, in the calling thread, so that an interrupt reaches them.
     """
     waiting, running = list(checks), dict[Future[Result], Check]()
     made: list[Result] = []
@@ -98,8 +97,6 @@ def _beside(checks: Sequence[Check], one: Callable[[Check], Result], workers: in
             while waiting or running:
                 for check in tuple(waiting):
                     if any(check.clashes(other) for other in running.values()):
-                        if check.is_exclusive:
-                            break
                         continue
                     waiting.remove(check)
                     if check.is_exclusive:

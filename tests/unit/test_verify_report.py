@@ -230,7 +230,7 @@ def test_late_checks_come_after_the_others_of_their_tier(context: Context) -> No
 
 
 def test_a_check_begins_while_an_earlier_one_still_waits(context: Context) -> None:
-    """But never before one that runs alone."""
+    """Those that run alone come last."""
     meet = threading.Barrier(2, timeout=5)
     order: list[str] = []
 
@@ -255,7 +255,7 @@ def test_a_check_begins_while_an_earlier_one_still_waits(context: Context) -> No
         context,
     )
     assert report.count(Status.PASS) == 5, report.table()
-    assert order[-2:] == ["HOST-6", "WEB-3"]
+    assert order[-1] == "HOST-6"
 
 
 @pytest.mark.parametrize("phase", [Phase.APART, Phase.DISRUPTIVE])
