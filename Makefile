@@ -24,10 +24,11 @@ contract: .venv/.ready ## every check of the mail contract, the disruptive ones 
 	$(REHEARSAL) up --stack $(STACK)
 	$(REHEARSAL) verify --all
 
-# Tests of the first part mostly wait, so there are more of them than cores. The last part wants the
-# machine for itself: one platform at a time.
+# Most tests wait most of the time, so there are more of them than cores. Those of pairsync have
+# seconds to keep, and those of the platform want the machine for themselves.
 test: fast ## everything that CI runs
-	$(PYTHON) -m pytest -n 4 --dist loadfile tests $(addprefix --ignore=tests/,unit graph platform)
+	$(PYTHON) -m pytest -n 4 --dist loadfile tests/render tests/agent tests/engine tests/rehearsal
+	$(PYTHON) -m pytest -n 3 --dist loadfile tests/pairsync
 	$(PYTHON) -m pytest tests/platform
 
 fast: lint ## the tests that need neither root nor an engine

@@ -463,9 +463,10 @@ async def _paths(doveadm: Doveadm, user: str, names: Mapping[str, str]) -> dict[
 async def mend(doveadm: Doveadm, states: States, user: str, box: Mailbox, plan: Plan) -> int:
     """Carry out a plan here; returns how many mails got new UIDs.
 
-    Raises :class:`DovecotError`, also where Dovecot repaired the storage meanwhile: it may have put
-    back what was deleted, as it found that in no folder.
+    Raises :class:`DovecotError`, also where Dovecot repaired the storage when something was changed
+    in it: it may have put back what it found in no folder.
     """
+    changed = False
     moving = {
         folder: {mail for mail in box.here(folder) if mail[0] in uids}
         for folder, uids in plan.renumber.items()
@@ -486,12 +487,14 @@ async def mend(doveadm: Doveadm, states: States, user: str, box: Mailbox, plan: 
                 which = uid_set(uid for uid, _ in gone)
                 name = await _in_folder(doveadm, user, box.names[folder], folder, which, "expunge")
                 notify.log(notify.INFO, f"{user}: {what}, in {name}: UIDs {which}")
+                changed = True
     for folder, moved in moving.items():
         if moved:
             which = uid_set(uid for uid, _ in moved)
             name = await _in_folder(doveadm, user, box.names[folder], folder, which, "move")
             notify.log(notify.INFO, f"{user}: left out by a broken run, in {name}: UIDs {which}")
-    if await asyncio.to_thread(_is_repaired_since, box):
+            changed = True
+    if changed and await asyncio.to_thread(_is_repaired_since, box):
         raise DovecotError(f"{user}: Dovecot repaired the storage while mails were seen to")
     return sum(map(len, moving.values()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -232,6 +233,10 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+interrupted = threading.Event()
+"""Nobody waits any more: the run of checks was interrupted."""
+
+
 def eventually(look: Callable[[], T], *, seconds: float, every: float = 0.1, what: str = "") -> T:
     """Look until it does not fail.
 
@@ -245,13 +250,16 @@ def eventually(look: Callable[[], T], *, seconds: float, every: float = 0.1, wha
         What ``look`` returned.
 
     Raises:
-        Failed: It did not hold in time; the message is that of the last look.
+        Failed: It did not hold in time, the message is that of the last look; or the run was
+            interrupted: what else a check has to do is to put back what it took away.
     """
     deadline = time.monotonic() + seconds
     while True:
         try:
             return look()
         except (Failed, OSError) as error:
+            if interrupted.is_set():
+                raise Failed(f"interrupted: {describe(error)}") from error
             if time.monotonic() >= deadline:
                 wanted = f"{what}: " if what else ""
                 raise Failed(f"{wanted}not within {seconds:g} s: {describe(error)}") from error

@@ -409,7 +409,12 @@ def _elsewhere(ctx: Context) -> str:
     return f"relay-probe@{ctx.lab.world.domain('strict')}"
 
 
-@check("EDGE-3", disruptive=True, disturbs=("nginx_streams",), needs=("smtp_out", "maildrop"))
+@check(
+    "EDGE-3",
+    disruptive=True,
+    disturbs=("nginx_streams",),
+    needs=("smtp_out", "maildrop", "replication"),
+)
 def frontends_are_independent(ctx: Context) -> str:
     """Every frontend serves both families, and losing one leaves the others serving."""
     each(frontend_doors(ctx), lambda door: _login(ctx, door))

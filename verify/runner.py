@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from verify.context import Context, describe
+from verify.context import Context, describe, interrupted
 from verify.registry import Check, Failed, Phase, Skipped
 from verify.report import Report, Result, Status
 
@@ -80,16 +80,20 @@ def run(
         beside = [c.id for c in mine if not c.is_exclusive]
         if beside:
             progress(f"{_HOW[phase]}: {' '.join(beside)}")
-        results += _beside(mine, one, WORKERS if phase is Phase.TOGETHER else len(mine))
+        results += _beside(mine, one, WORKERS if phase is Phase.TOGETHER else len(mine), progress)
     results += [Result(c.id, Status.SKIP, reason) for c in left_out]
     return Report(tuple(results), time.monotonic() - started)
 
 
-def _beside(checks: Sequence[Check], one: Callable[[Check], Result], workers: int) -> list[Result]:
+def _beside(
+    checks: Sequence[Check], one: Callable[[Check], Result], workers: int, progress: Progress
+) -> list[Result]:
     """Make checks beside one another, each as soon as it clashes with none that runs.
 
-    Those that run alone come last, in the calling thread, so that an interrupt reaches them.
+    Those that run alone come last, in the calling thread, so that an interrupt reaches them. The
+    others hear of one as soon as they wait for something.
     """
+    interrupted.clear()
     waiting, running = list(checks), dict[Future[Result], Check]()
     made: list[Result] = []
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
@@ -107,6 +111,10 @@ def _beside(checks: Sequence[Check], one: Callable[[Check], Result], workers: in
                     del running[future]
                     made.append(future.result())  # raises where the check was interrupted
         except BaseException:
+            interrupted.set()
+            if running:
+                left = " ".join(sorted(check.id for check in running.values()))
+                progress(f"interrupted; these put back what they changed: {left}")
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return made

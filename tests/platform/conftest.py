@@ -20,7 +20,7 @@ from verify.stack import Stack
 STACK = "prod"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def platform_up() -> Iterator[Context]:
     """The platform of the stack ``prod``, up and unchanged. It stays up if it was up before."""
     if os.geteuid() != 0:

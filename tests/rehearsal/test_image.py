@@ -57,7 +57,7 @@ def test_what_rspamd_compiles_is_there_and_nothing_else_of_it(layers: image.Laye
 
 @isolated
 def test_a_machine_on_the_mail_layer_runs_no_mail_daemon(
-    tmp_path: Path, layers: image.Layers
+    names: None, tmp_path: Path, layers: image.Layers
 ) -> None:
     state = State(tmp_path)
     Network(platform(), state).up()

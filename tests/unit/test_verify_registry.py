@@ -71,6 +71,19 @@ def test_no_module_with_checks_is_forgotten() -> None:
     assert with_checks == {module.__name__.removeprefix("verify.") for module in MODULES}
 
 
+def test_checks_that_take_hosts_away_stay_off_those_that_count_on_them() -> None:
+    def beside(one: str, other: str) -> bool:
+        return not checks[one].clashes(checks[other])
+
+    assert beside("SPAM-3", "BOX-10")
+    # Hosts of the filter hold the certificate.
+    assert not beside("SPAM-3", "CERT-2")
+    # While its seconds are counted no machine boots.
+    assert not any(beside("SPAM-6", other) for other in ("BOX-4", "BOX-10", "WEB-3", "CERT-2"))
+    assert not any(beside("BOX-10", other) for other in ("BOX-8", "WEB-3", "EDGE-1", "EDGE-3"))
+    assert all(checks[i].is_exclusive for i in ("CLIENT-2", "HOST-5", "HOST-6", "CHANGE-2"))
+
+
 def test_disruptive_checks_come_last_and_each_phase_is_in_the_contracts_order() -> None:
     registry = Registry()
     registry.check("EDGE-1", disruptive=True)(looks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -282,6 +283,43 @@ def test_what_has_not_begun_when_a_run_is_interrupted_does_not_begin(
     with pytest.raises(KeyboardInterrupt):
         runner.run(checks, context)
     assert began == ["first"]
+
+
+def test_what_runs_when_a_run_is_interrupted_waits_no_longer_and_puts_things_back(
+    context: Context,
+) -> None:
+    waits, told, back = threading.Event(), list[str](), list[str]()
+
+    def interrupt(context: Context) -> str:
+        """Is interrupted."""
+        waits.wait(5)
+        raise KeyboardInterrupt
+
+    def takes(context: Context) -> str:
+        """Takes something away, and waits for what does not come."""
+        try:
+            eventually(never, seconds=60)
+        finally:
+            back.append("back")
+        return ""
+
+    def never() -> None:
+        waits.set()
+        raise Failed("not yet")
+
+    checks = [
+        Check("EDGE-1", interrupt, False, False, Phase.DISRUPTIVE, frozenset({"smtp_out"})),
+        Check("WEB-3", takes, False, False, Phase.DISRUPTIVE, frozenset({"webmail"})),
+    ]
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(checks, context, progress=told.append)
+    assert back == ["back"]
+    assert time.monotonic() - began < 30
+    assert any("WEB-3" in line and line.startswith("interrupted") for line in told)
+    runner.run([check("OUT-1", passes)], context)
+    with pytest.raises(Failed, match="not within"):
+        eventually(never, seconds=0)
 
 
 def test_what_a_check_needs_is_not_disturbed_beside_it() -> None:
