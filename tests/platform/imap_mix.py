@@ -1,6 +1,6 @@
 """Clients of mailboxes that do everything at once, as a program of its own.
 
-    python -m tests.rehearsal.imap_mix < plan.json
+    python -m tests.platform.imap_mix < plan.json
 
 The plan: ``address`` and ``name`` (that its certificate is for) of the server, ``user``,
 ``password``, ``ca`` (PEM), ``clients`` (their numbers), ``seconds``, ``seed``, ``prefix`` of the

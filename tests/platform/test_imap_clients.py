@@ -7,10 +7,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from secrets import token_hex
 
 from rehearsal import network
-from rehearsal.state import CHECKOUT
 from verify.context import Context, each, eventually, expect
 from verify.maildrop import await_equal, direct, frontend_doors, owners, replicas
 
@@ -58,7 +58,7 @@ def test_a_mix_of_commands_on_both_replicas_meets_no_error(platform_up: Context)
         }
         done = network.run_in(
             place,
-            [sys.executable, str(CHECKOUT / "tests/rehearsal/imap_mix.py")],
+            [sys.executable, str(Path(__file__).with_name("imap_mix.py"))],
             input=json.dumps(plan),
             timeout=SECONDS + 60,
         )
