@@ -42,6 +42,9 @@ Guids = Mapping[str, Set[str]]
 Uids = Mapping[str, Set[int]]
 """Folder (its GUID) -> UIDs of mails."""
 
+_Found = tuple[History, tuple[set[int], set[int]], Set[Repair]]
+"""Of a folder: its history, what its repairs did, and these."""
+
 _VERSION = 1
 _HEADER, _CHECKSUM = 4, 4
 _MAILBOX = struct.Struct("<16sIIQQI")
@@ -440,12 +443,12 @@ def _histories(
     paths: Mapping[str, Path],
     doubles: Mapping[str, Set[Mail]],
     renumbered: Mapping[str, Set[Mail]],
-) -> dict[str, tuple[History, tuple[set[int], set[int]], Set[Repair]]]:
-    """Folder (its GUID) -> its history, what its repairs did, and these."""
+) -> dict[str, _Found]:
+    """Folder (its GUID) -> what its logs tell."""
     present: dict[str, list[Mail]] = {}
     for folder, uid, guid in rows:
         present.setdefault(folder, []).append((int(uid), guid))
-    found: dict[str, tuple[History, tuple[set[int], set[int]], Set[Repair]]] = {}
+    found: dict[str, _Found] = {}
     for folder, path in paths.items():
         logs = history.logs_of(path)
         lives = history.read(logs, present.get(folder, ()))

@@ -325,7 +325,7 @@ def _keys(path: Path) -> set[str]:
     return set((YAML(typ="safe").load(path) or {}).get("config") or {})
 
 
-def _program() -> None:
+def platform_program() -> None:
     """The platform's own program, unchanged.
 
     Two thousand lines for those who debug Pulumi are left out. Each would be a call of the engine
@@ -362,7 +362,7 @@ class _Inside:
         return automation.create_or_select_stack(
             self.stack_name,
             project_name=PROJECT,
-            program=_program,
+            program=platform_program,
             opts=automation.LocalWorkspaceOptions(
                 work_dir=str(folder),
                 pulumi_command=automation.PulumiCommand(str(root), skip_version_check=True),

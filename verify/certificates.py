@@ -293,12 +293,7 @@ def _holders(ctx: Context) -> tuple[Host, ...]:
 # -- CERT-2 -----------------------------------------------------------------------------------
 
 
-@check(
-    "CERT-2",
-    disruptive=True,
-    disturbs=("certificates",),
-    needs=("smtp_in", "smtp_out", "maildrop", "replication", "webmail", "nginx_streams"),
-)
+@check("CERT-2", alone=True)
 def renewal_reaches_every_listener(ctx: Context) -> str:
     """A renewed certificate is shown everywhere within 60 s, and no session ends for it."""
     first = ctx.lab.machine(_holders(ctx)[0])

@@ -45,8 +45,6 @@ DOUBTFUL = 6.0, 15.0
 """What :func:`doubtful` scores lies between: the default scores of Rspamd's own rules."""
 MAIL_FLOW = ("smtp_in", "smtp_out", "maildrop", "nginx_streams")
 """Tiers that mail passes, and by which its arrival is seen."""
-HOSTS = ("rspamd", "certificates")
-"""Tiers whose machines are the filter's: some of them hold the certificate."""
 RELAY = "inet:127.0.0.1:11332"
 """The filter as Postfix knows it on each host that takes mail."""
 
@@ -294,7 +292,7 @@ def doubtful_mail_comes_twice(ctx: Context) -> str:
 # -- SPAM-3 -------------------------------------------------------------------------------------
 
 
-@check("SPAM-3", disruptive=True, disturbs=HOSTS, needs=MAIL_FLOW)
+@check("SPAM-3", disruptive=True, disturbs=("rspamd",), needs=MAIL_FLOW)
 def mail_does_not_wait_for_the_dead(ctx: Context) -> str:
     """With a member of the filter dead no mail waits, with all of them it is taken unseen."""
     lab = ctx.lab
@@ -520,7 +518,12 @@ COUNTER = "verify:acknowledged"
 
 
 # Its seconds are counted: no other machine may boot meanwhile.
-@check("SPAM-6", disruptive=True, disturbs=HOSTS, needs=(*MAIL_FLOW, "replication", "webmail"))
+@check(
+    "SPAM-6",
+    disruptive=True,
+    disturbs=("rspamd",),
+    needs=(*MAIL_FLOW, "replication", "webmail"),
+)
 def memory_survives_its_writer(ctx: Context) -> str:
     """The Redis writer killed, its plug pulled, cut off: replaced, with all that it had."""
     observed = []

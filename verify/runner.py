@@ -73,6 +73,7 @@ def run(
         progress(f"{check.id}: {result.status} ({result.seconds:.1f} s)")
         return result
 
+    interrupted.clear()
     results: list[Result] = []
     for phase in Phase:
         mine = [c for c in checks if c.phase is phase]
@@ -93,7 +94,6 @@ def _beside(
     Those that run alone come last, in the calling thread, so that an interrupt reaches them. The
     others hear of one as soon as they wait for something.
     """
-    interrupted.clear()
     waiting, running = list(checks), dict[Future[Result], Check]()
     made: list[Result] = []
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:

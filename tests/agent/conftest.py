@@ -6,7 +6,6 @@ and does not disturb it.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ import pytest
 from rehearsal import image, machine, network
 from rehearsal.machine import Machine
 from rehearsal.progress import Progress, wait_for
-from rehearsal.state import State
+from rehearsal.state import State, locked
 from tests.agent.fake import bundle, check, service
 
 AGENT_FOLDER = Path(__file__).parents[2] / "agent"
@@ -198,8 +197,7 @@ def machine_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scratch]:
     if os.geteuid() != 0 or shutil.which("systemd-nspawn") is None:
         pytest.skip("machines need root and systemd-nspawn")
     # Another run of these tests would take this one's machine for a dead one's, and remove it.
-    with LOCK.open("w") as lock, pytest.MonkeyPatch.context() as patch:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(LOCK, None, ""), pytest.MonkeyPatch.context() as patch:
         patch.setattr(network, "MACHINE_PREFIX", "mail-agent-test-")
         patch.setattr(machine, "_GROUP", "mail-agent-test")
         layers = image.ensure(Progress())

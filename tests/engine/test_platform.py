@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from mailsite.loader import load_platform
 from mailsite.model import Host, Platform, Role
 from mailsite.secrets import required
 from rehearsal.engine import Engine
+from rehearsal.program import platform_program as program
 from rehearsal.program import stack_config
 from rehearsal.state import CHECKOUT
 
@@ -38,10 +38,6 @@ STACK = "prod"
 CONFIG = stack_config(STACK)
 SITE = CHECKOUT / CONFIG["mail:site"]
 PEM = "-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n"
-
-
-def program() -> None:
-    runpy.run_path(str(CHECKOUT / "__main__.py"), run_name="__main__")
 
 
 def ssh_key() -> tuple[str, str]:

@@ -354,6 +354,20 @@ def test_runs_that_break_off_lose_no_mail(pair: Pair) -> None:
     assert_all_there(pair, sent)
 
 
+@contextmanager
+def not_synchronised(pair: Pair, first: int = 0) -> Iterator[None]:
+    """Both daemons are dead for a while; that of the server with the number ``first`` is back
+    before the other.
+    """
+    for server in pair.both:
+        server.kill_pairsync()
+    try:
+        yield
+    finally:
+        for server in (pair.both[first], pair.both[1 - first]):
+            server.start_pairsync()
+
+
 @pytest.mark.parametrize(("first", "old", "new"), [(0, "old", "new"), (1, "-x", "--new")])
 def test_what_comes_under_a_name_that_dsync_just_gave_back_stays_when_mails_are_compared(
     pair: Pair, user: str, first: int, old: str, new: str
@@ -370,20 +384,14 @@ def test_what_comes_under_a_name_that_dsync_just_gave_back_stays_when_mails_are_
         imap.store("1", "+FLAGS", "(\\Deleted)")
         assert imap.expunge() == ("OK", [b"1"])
     pair.wait_equal([user], 5)
-    for server in pair.both:
-        server.kill_pairsync()
-    try:
-        with pair.b.imap(user) as imap:
-            imap.select()
-            assert imap.rename(old, new)[0] == "OK"
-            status = f"doveadm mailbox status -u {user} guid -- {new}"
-            guid = pair.b.shell(f"{status} | sed 's/.*=//'").strip()
-            pair.b.shell(f"doveadm mailbox create -u {user} -- {old}")
-            pair.b.shell(f"doveadm mailbox update -u {user} -g {guid} -- {old}")
-            assert imap.xatom("MOVE", "1", old)[0] == "OK"
-    finally:
-        for server in (pair.both[first], pair.both[1 - first]):
-            server.start_pairsync()
+    with not_synchronised(pair, first), pair.b.imap(user) as imap:
+        imap.select()
+        assert imap.rename(old, new)[0] == "OK"
+        status = f"doveadm mailbox status -u {user} guid -- {new}"
+        guid = pair.b.shell(f"{status} | sed 's/.*=//'").strip()
+        pair.b.shell(f"doveadm mailbox create -u {user} -- {old}")
+        pair.b.shell(f"doveadm mailbox update -u {user} -g {guid} -- {old}")
+        assert imap.xatom("MOVE", "1", old)[0] == "OK"
     assert_all_there(pair, {user: ["after"]})
     folders = pair.b.contents(user)["folders"]
     assert (len(folders[new]), old in folders) == (1, False)
@@ -400,9 +408,7 @@ def test_what_dovecot_puts_back_while_mails_are_compared_goes_again(pair: Pair, 
     pair.b.shell(f"cd /var/dovecot/users/{user}/mdbox && cp -a mailboxes/INBOX/dbox-Mails before")
     pair.a.deliver(user, "moved")
     pair.wait_equal([user], 5)
-    for server in pair.both:
-        server.kill_pairsync()
-    try:
+    with not_synchronised(pair):
         shutil.rmtree(index)
         before.rename(index)
         pair.b.deliver(user, "new")
@@ -413,9 +419,6 @@ def test_what_dovecot_puts_back_while_mails_are_compared_goes_again(pair: Pair, 
             assert imap.expunge()[1][-1] == b"1"
         with (mdbox / "storage/dovecot.map.index.log").open("ab") as log:
             log.write(record(FLAGS, struct.pack("<II4x", 1, 1)))  # the index has it not
-    finally:
-        for server in pair.both:
-            server.start_pairsync()
     assert_all_there(pair, {user: ["moved", "new"]})
     assert len(pair.a.contents(user)["folders"]["x"]) == 1
     log = pair.b.path("/var/log/dovecot.log").read_text()
@@ -502,9 +505,7 @@ def test_a_mail_that_was_left_out_gets_a_uid_that_the_other_server_never_gave(
     for tag in ("one", "two"):
         pair.a.deliver(user, tag)
     pair.wait_equal([user], 5)
-    for server in pair.both:
-        server.kill_pairsync()
-    try:
+    with not_synchronised(pair):
         doveadm, states = Doveadm(pair.a.path("/run/dovecot/pairsync")), States(tmp_path)
         (folder,) = asyncio.run(doveadm.folders(user))
         mails = [(int(m[0]), m[1]) for m in pair.a.contents(user)["folders"]["INBOX"]]
@@ -518,9 +519,6 @@ def test_a_mail_that_was_left_out_gets_a_uid_that_the_other_server_never_gave(
         found = {m[3].strip("<>"): int(m[0]) for m in pair.a.contents(user)["folders"]["INBOX"]}
         assert found["two@x"] == mails[1][0]
         assert min(found["one@x"], found["meanwhile@x"]) > used
-    finally:
-        for server in pair.both:
-            server.start_pairsync()
     assert_all_there(pair, {user: ["one", "two", "meanwhile"]})
 
 
@@ -533,9 +531,7 @@ def test_a_comparison_sees_to_a_folder_whose_name_looks_like_an_option(
         for tag in ("gone", "left", "stays"):
             imap.append(name, "", "", f"Message-ID: <{tag}@x>\r\n\r\n".encode())
     pair.wait_equal([user], 5)
-    for server in pair.both:
-        server.kill_pairsync()
-    try:
+    with not_synchronised(pair):
         doveadm, states = Doveadm(pair.a.path("/run/dovecot/pairsync")), States(tmp_path)
         box = asyncio.run(look(doveadm, states, user))
         (folder,) = (guid for guid, known in box.names.items() if known == name)
@@ -547,9 +543,6 @@ def test_a_comparison_sees_to_a_folder_whose_name_looks_like_an_option(
         assert found == [(stays[0], "<stays@x>"), (used + 1, "<left@x>")]
         # What doveadm changes asks for no run.
         pair.a.deliver(user, "another")
-    finally:
-        for server in pair.both:
-            server.start_pairsync()
     pair.wait_equal([user])
     assert len(pair.b.contents(user)["folders"][name]) == 2
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from rehearsal.state import locked
 
 LOCK = Path("/run/lock/mail-rehearsal-test")
 
@@ -14,6 +15,5 @@ LOCK = Path("/run/lock/mail-rehearsal-test")
 @pytest.fixture(scope="module")
 def names() -> Iterator[None]:
     """The names of a rehearsal's namespaces and cgroups, which are the whole computer's."""
-    with LOCK.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(LOCK, None, ""):
         yield
