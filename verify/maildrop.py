@@ -892,7 +892,10 @@ def await_equal(
     """
 
     def look() -> None:
-        one, other = (contents(ctx, replica, owner) for replica in replicas(ctx))
+        try:
+            one, other = (contents(ctx, replica, owner) for replica in replicas(ctx))
+        except imap.Error as error:  # a session ends when the folder that it reads is deleted
+            raise Failed(f"{owner.user}: {error}") from error
         for what in ("folders", "subscribed", "mails", "scripts"):
             here, there = set(getattr(one, what)), set(getattr(other, what))
             only = [*sorted(map(str, here - there))[:2], *sorted(map(str, there - here))[:2]]
