@@ -167,7 +167,7 @@ class Daemon:
         if self._scripts is not None:
             self._scripts.start()
             loop.add_reader(self._scripts.fileno(), self._scripts.handle_events)
-        await asyncio.to_thread(self._remove_locks)
+        self._work(self._remove_locks())
         await self._runner.start()
         control = Control(self.config.files.run / "control", self)
         await control.start()
@@ -192,8 +192,13 @@ class Daemon:
             for task in (*tasks, *self._runs):
                 task.cancel()
 
-    def _remove_locks(self) -> None:
-        if removed := locks.remove(self.config.dovecot.homes, locks.booted()):
+    async def _remove_locks(self) -> None:
+        """Of those first who have a marker: they were at work when the power went."""
+        homes, before, removed = self.config.dovecot.homes, locks.booted(), 0
+        with contextlib.suppress(OSError):
+            for home in sorted(homes.iterdir(), key=lambda home: home.name not in self._dirty):
+                removed += await asyncio.to_thread(locks.remove, home, before)
+        if removed:
             notify.log(notify.INFO, f"{removed} locks of before this boot removed")
 
     # Changes -----------------------------------------------------------------------------------

@@ -163,6 +163,28 @@ def test_the_plug_of_one_is_pulled(pair: Pair) -> None:
     pair.wait_up()
 
 
+def test_a_folder_that_was_made_as_the_plug_was_pulled_keeps_nobody_waiting(
+    pair: Pair, user: str
+) -> None:
+    """Dovecot would wait for three minutes for whoever made its log."""
+    pair.b.pull_the_plug()
+    mailboxes = f"/var/dovecot/users/{user}/mdbox/mailboxes"
+    pair.b.write(f"{mailboxes}/Brief/dbox-Mails/dovecot.index.log.newlock", "\1\3", VMAIL, 0o600)
+    for folder in ("Brief", "Brief/dbox-Mails"):
+        os.chown(pair.b.upper / mailboxes.lstrip("/") / folder, VMAIL, VMAIL)
+    pair.b.boot()
+    pair.connect_again()
+    pair.b.start_dovecot()
+    pair.b.start_pairsync()
+    began = time.monotonic()
+    with pair.b.imap(user) as imap:
+        assert imap.select("Brief")[0] == "OK"
+        assert imap.append("Brief", "", "", b"Message-ID: <kept@x>\r\n\r\n")[0] == "OK"
+    assert time.monotonic() - began < HEALED
+    pair.wait_equal([user])
+    assert [message for *_, message in pair.a.contents(user)["folders"]["Brief"]] == ["<kept@x>"]
+
+
 def test_a_run_that_stalls_holds_nobody_else_up(pair: Pair) -> None:
     stuck, *others = pair.fresh(5)
     pair.a.deliver(stuck, f"{stuck}-0")

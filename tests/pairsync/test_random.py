@@ -94,7 +94,7 @@ class Client:
         self._count = 0
         self._scripts: list[str] = []
         self._found = self._doing = self._moving = ""
-        self.may_wait = False
+        self.plugs = False
 
     @property
     def mails(self) -> list[str]:
@@ -114,17 +114,18 @@ class Client:
     def step_or_log_in_again(self) -> None:
         """A client is told to log in again when its folder is taken away under it or repaired.
 
-        And one may wait in vain for a lock that its server left when it lost its power, or be told
-        to send its mail again when the storage is repaired.
+        And where plugs are pulled, to send its mail again when the storage is repaired. Nobody
+        waits for long, also not for what a server left when it lost its power.
         """
+        began = time.monotonic()
         try:
             self.step()
-        except (TimeoutError, IMAP4.abort, SMTPDataError, SMTPServerDisconnected) as error:
-            if not (isinstance(error, IMAP4.abort) or self.may_wait):
+        except (IMAP4.abort, SMTPDataError, SMTPServerDisconnected) as error:
+            if not (isinstance(error, IMAP4.abort) or self.plugs):
                 raise
             if isinstance(error, SMTPDataError) and error.smtp_code // 100 != 4:
                 raise
-            self._journal.note(self.own, f"no answer: {error}", self._doing)
+            self._journal.note(self.own, f"no answer: {error!r}", self._doing)
             if self._moving:
                 self._all.half_moved.add(self._moving)
             if self._doing:
@@ -132,6 +133,8 @@ class Client:
                 for tags in self._all.owned.values():
                     if self._doing in tags:
                         tags.remove(self._doing)
+        waited = time.monotonic() - began
+        assert waited < HEALED, f"{self.user} on {self.server.name} waited {waited:.0f} s"
 
     def _name(self, kind: str) -> str:
         self._count += 1
@@ -457,7 +460,7 @@ def work(pair: Pair, seed: int, *, plugs: bool) -> None:
         for user in mails
     ]
     for client in clients:
-        client.may_wait = plugs
+        client.plugs = plugs
     faults = Faults(pair, chance, journal, plugs=plugs)
     with kept(pair, mails, journal):
         with ThreadPoolExecutor(len(clients)) as pool:

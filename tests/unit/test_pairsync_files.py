@@ -36,21 +36,25 @@ key = "/k"
 
 
 def test_locks_of_before_the_boot_are_removed(tmp_path: Path) -> None:
-    for user in ("jane", "john"):
-        (tmp_path / user / "mdbox").mkdir(parents=True)
-    old = tmp_path / "jane/mdbox/subscriptions.lock"
-    new = tmp_path / "john/mdbox/subscriptions.lock"
-    other = tmp_path / "jane/mdbox/subscriptions"
-    for path in (old, new, other):
-        path.touch()
+    names = {
+        "mdbox/subscriptions.lock",
+        "mdbox/dovecot.list.index.log.newlock",
+        "mdbox/storage/dovecot.map.index.log.newlock",
+        "mdbox/mailboxes/Lists/mailboxes/debian/dbox-Mails/dovecot.index.log.newlock",
+    }
+    others = {"mdbox/subscriptions", "mdbox/dovecot.list.index.log", "mdbox/mailboxes.lock"}
     booted = locks.booted()
-    os.utime(old, (booted - 1, booted - 1))
-    os.utime(other, (booted - 1, booted - 1))
     assert 0 < booted < time.time()
-    assert locks.remove(tmp_path, booted) == 1
-    assert not old.exists()
-    assert new.exists()
-    assert other.exists()
+    for home, times in (("old", (booted - 1, booted - 1)), ("new", None)):
+        for name in names | others:
+            path = tmp_path / home / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            os.utime(path, times)
+    assert locks.remove(tmp_path / "old", booted) == len(names)
+    assert locks.remove(tmp_path / "new", booted) == 0
+    assert {name for name in names | others if (tmp_path / "old" / name).exists()} == others
+    assert all((tmp_path / "new" / name).exists() for name in names)
 
 
 # Markers ---------------------------------------------------------------------------------------
