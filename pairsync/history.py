@@ -106,6 +106,8 @@ def repaired(logs: Sequence[bytes]) -> tuple[set[int], set[int]]:
             if kind & _TYPE == _APPEND:
                 unclear.update(uid for uid, _ in _whole(_NEW, body))
         for transaction in transactions:
+            if all(kind & _TYPE != _APPEND for kind, _ in transaction):
+                continue
             uids = _put_back(transaction, repair.began)
             if not uids:
                 break

@@ -259,6 +259,10 @@ def test_what_dovecot_put_back_when_it_repaired_a_storage_is_known() -> None:
     assert repaired([log(first, *again, number=3)]) == ({3, 7}, {8, 9})
     # There was nothing before.
     assert repaired([log(boundary(), *again, number=3)]) == (set(), {8, 9})
+    # Seen: a size was to be counted, and what had been deleted in the moment of the repair went.
+    counted = boundary() + record(INTRO | DONE, struct.pack("<IIIHHHH", 7, 0, 16, 0, 8, 0, 0))
+    between = (counted, again[0] + done(7, H), counted, again[1])
+    assert repaired([log(first, *between, number=3)]) == ({3, 7}, {8, 9})
     # Somebody saved it later, or copied it with what is known of it.
     assert repaired([log(first, put_back(8, H, BEGAN + 1), again[1], number=3)])[1] == set()
     copied = again[0] + record(INTRO | DONE, struct.pack("<IIIHHHH", 3, 0, 0, 4, 4, 1, 0))
