@@ -25,10 +25,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from rehearsal import image
 from rehearsal.progress import Progress
-from tests.pairsync.pair import Pair, Server
+from tests.pairsync.pair import Pair
 
 _POLL_SECONDS = 0.1
 _SETTLE_SECONDS = 10.0
@@ -45,10 +46,26 @@ Change = Callable[[imaplib.IMAP4, int, "Watcher"], Callable[[], float | None]]
 """Does something to a mail; what it returns tells when the watcher saw it."""
 
 
+class Replica(Protocol):
+    """One of the two servers."""
+
+    @property
+    def name(self) -> str: ...
+
+    def imap(self, user: str) -> imaplib.IMAP4:
+        """A client that is logged in."""
+
+    def deliver(self, user: str, tag: str, size: int = 100) -> None:
+        """One mail by LMTP, with the subject ``tag``; it is accepted when this returns."""
+
+    def cpu_seconds(self) -> float:
+        """What all of its processes have used so far."""
+
+
 class Watcher(threading.Thread):
     """Sees mails and flags of one user over IMAP."""
 
-    def __init__(self, server: Server, user: str, stop: threading.Event) -> None:
+    def __init__(self, server: Replica, user: str, stop: threading.Event) -> None:
         super().__init__()
         self._server, self._user, self._stopped = server, user, stop
         self.mails: dict[str, float] = {}
@@ -85,22 +102,6 @@ class Watcher(threading.Thread):
         client.response("FETCH")
 
 
-def cpu_seconds(server: Server) -> float:
-    """Of all processes of a server, also of those that ended."""
-    ticks = 0
-    todo = [server.pid]
-    while todo:
-        pid = todo.pop()
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        except OSError:
-            continue
-        ticks += sum(int(f) for f in fields[11:15])
-        todo += [int(child) for child in children]
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
 def row(name: str, lags: Sequence[float], missing: int, cpu: Sequence[float] = ()) -> str:
     ordered = sorted(lags)
     if not ordered:
@@ -111,9 +112,10 @@ def row(name: str, lags: Sequence[float], missing: int, cpu: Sequence[float] = (
     return f"{name:<36}  {values}{costs}   {len(lags)} seen, {missing} missing"
 
 
-def measure_mails(pair: Pair, there: Server, here: Server, rate: float, seconds: float) -> str:
+def measure_mails(
+    users: Sequence[str], there: Replica, here: Replica, rate: float, seconds: float
+) -> str:
     stop = threading.Event()
-    users = pair.users
     watchers = {user: Watcher(here, user, stop) for user in users}
     for watcher in watchers.values():
         watcher.start()
@@ -135,7 +137,7 @@ def measure_mails(pair: Pair, there: Server, here: Server, rate: float, seconds:
             count += workers
             due += workers / rate
 
-    before = [cpu_seconds(server) for server in (there, here)]
+    before = [server.cpu_seconds() for server in (there, here)]
     began = time.monotonic()
     end = began + seconds
     threads = [threading.Thread(target=deliver, args=(number,)) for number in range(workers)]
@@ -145,7 +147,7 @@ def measure_mails(pair: Pair, there: Server, here: Server, rate: float, seconds:
         thread.join()
     took = time.monotonic() - began
     cpu = [
-        (cpu_seconds(server) - was) / took * 100
+        (server.cpu_seconds() - was) / took * 100
         for server, was in zip((there, here), before, strict=True)
     ]
     limit = time.monotonic() + _SETTLE_SECONDS
@@ -183,11 +185,16 @@ def delete(client: imaplib.IMAP4, number: int, watcher: Watcher) -> Callable[[],
     return lambda: watcher.gone[before] if len(watcher.gone) > before else None
 
 
-def measure_changes(pair: Pair, there: Server, here: Server, change: Change, name: str) -> str:
+CHANGES: Sequence[tuple[Change, str]] = ((flag, "flags"), (move, "moves"), (delete, "deletes"))
+
+
+def measure_changes(
+    users: Sequence[str], there: Replica, here: Replica, change: Change, name: str
+) -> str:
     """One after the other, three for each user."""
     stop = threading.Event()
     lags, missing = [], 0
-    for user in pair.users:
+    for user in users:
         watcher = Watcher(here, user, stop)
         watcher.start()
         watcher.ready.wait(30)
@@ -246,11 +253,11 @@ def main() -> None:
         print(f"load before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
         print(_BASELINE, end="", flush=True)
         for rate in arguments.rate:
-            print(measure_mails(pair, pair.a, pair.b, rate, arguments.seconds), flush=True)
+            print(measure_mails(pair.users, pair.a, pair.b, rate, arguments.seconds), flush=True)
             print("    as the daemon counts it, to the end of the run:", pair.a.status()["lag"])
         pair.wait_quiet(60)
-        for change, name in ((flag, "flags"), (move, "moves"), (delete, "deletes")):
-            print(measure_changes(pair, pair.b, pair.a, change, name), flush=True)
+        for change, name in CHANGES:
+            print(measure_changes(pair.users, pair.b, pair.a, change, name), flush=True)
         for server in pair.both:
             print(server.name, server.status()["runs"])
     finally:
