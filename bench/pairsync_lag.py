@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -55,8 +56,8 @@ class Replica(Protocol):
     def imap(self, user: str) -> imaplib.IMAP4:
         """A client that is logged in."""
 
-    def deliver(self, user: str, tag: str, size: int = 100) -> None:
-        """One mail by LMTP, with the subject ``tag``; it is accepted when this returns."""
+    def deliver(self, user: str, tag: str, size: int = 100) -> float:
+        """One mail by LMTP, with the subject ``tag``; when it was accepted (time.monotonic)."""
 
     def cpu_seconds(self) -> float:
         """What all of its processes have used so far."""
@@ -126,25 +127,23 @@ def measure_mails(
     workers = min(len(users), max(2, round(rate / 4)))
 
     def deliver(number: int) -> None:
+        """Every so manyth mail."""
         due, count = time.monotonic() + number / rate, number
         while due < end:
             time.sleep(max(0.0, due - time.monotonic()))
             user = users[count % len(users)]
             tag = f"{user}-{count}-{time.monotonic_ns()}"
-            there.deliver(user, tag, size=3000)
+            at = there.deliver(user, tag, size=3000)
             with lock:
-                accepted[tag] = (user, time.monotonic())
+                accepted[tag] = (user, at)
             count += workers
             due += workers / rate
 
     before = [server.cpu_seconds() for server in (there, here)]
     began = time.monotonic()
     end = began + seconds
-    threads = [threading.Thread(target=deliver, args=(number,)) for number in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(deliver, range(workers)))  # raises what one of them raised
     took = time.monotonic() - began
     cpu = [
         (server.cpu_seconds() - was) / took * 100
@@ -163,7 +162,7 @@ def measure_mails(
         for tag, (user, at) in accepted.items()
         if tag in watchers[user].mails
     ]
-    name = f"pairsync, mails {rate:g}/s, {len(users)} users"
+    name = f"mails {len(accepted) / took:.1f}/s, {len(users)} users"
     return row(name, lags, len(accepted) - len(lags), cpu)
 
 
@@ -214,7 +213,7 @@ def measure_changes(
         stop.set()
         watcher.join()
         stop.clear()
-    return row(f"pairsync, {name}", lags, missing)
+    return row(name, lags, missing)
 
 
 def idle(pair: Pair, seconds: float = 10.0) -> None:

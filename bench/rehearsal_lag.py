@@ -27,20 +27,22 @@ from mailsite.model import Host
 from mailsite.roles.maildrop import HOMES, PASSWORDS, USERS
 from rehearsal.machine import cgroups
 from verify.__main__ import rehearsal
-from verify.context import Context, eventually, expect
+from verify.context import Context, each, eventually, expect
+from verify.lab import LabMachine
 from verify.maildrop import Owner, direct, replicas, status
 from verify.registry import Failed, Skipped
 from verify.stack import Stack, StackError
 
 _SENDERS = 8
 _DELIVER = """\
-import smtplib, sys
+import smtplib, sys, time
 for line in sys.stdin:
     user, tag, size = line.split()
     text = f"From: x@x.invalid\\r\\nSubject: {tag}\\r\\nMessage-ID: <{tag}@x.invalid>\\r\\n\\r\\n"
     with smtplib.LMTP("/var/spool/postfix/private/dovecot-lmtp") as client:
         refused = client.sendmail("x@x.invalid", [user], text + "x" * int(size) + "\\r\\n")
-    print(refused or "accepted", flush=True)
+        accepted = time.monotonic()
+    print(refused or accepted, flush=True)
 """
 
 
@@ -74,7 +76,7 @@ class Member:
     def imap(self, user: str) -> imaplib.IMAP4:
         return self._door.enter(self._context, Owner(user, self._password))
 
-    def deliver(self, user: str, tag: str, size: int = 100) -> None:
+    def deliver(self, user: str, tag: str, size: int = 100) -> float:
         sender = self._senders.get()
         try:
             assert sender.stdin is not None
@@ -84,7 +86,10 @@ class Member:
             said = sender.stdout.readline().strip()
         finally:
             self._senders.put(sender)
-        expect(said == "accepted", f"{self.name}: a mail for {user}: {said or 'no answer'}")
+        try:
+            return float(said)  # all machines have one monotonic clock
+        except ValueError:
+            raise Failed(f"{self.name}: a mail for {user}: {said or 'no answer'}") from None
 
     def cpu_seconds(self) -> float:
         for group in cgroups(self.name):
@@ -100,7 +105,7 @@ class Member:
 @contextmanager
 def users_for_now(context: Context, count: int, password: str) -> Iterator[list[str]]:
     """Users on both replicas."""
-    names = [f"probe-lag{number}" for number in range(count)]
+    names = [f"probe-{token_hex(4)}" for _ in range(count)]
     machines = [context.lab.machine(host) for host in replicas(context)]
     try:
         for machine in machines:
@@ -109,8 +114,8 @@ def users_for_now(context: Context, count: int, password: str) -> Iterator[list[
                 machine.run("tee", "--append", "--", path, input=lines)
         yield names
     finally:
+        each(machines, LabMachine.apply)
         for machine in machines:
-            machine.apply()
             machine.run("rm", "-rf", "--", *(f"{HOMES}/{name}" for name in names))
 
 

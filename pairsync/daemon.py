@@ -194,10 +194,14 @@ class Daemon:
 
     async def _remove_locks(self) -> None:
         """Of those first who have a marker: they were at work when the power went."""
-        homes, before, removed = self.config.dovecot.homes, locks.booted(), 0
-        with contextlib.suppress(OSError):
-            for home in sorted(homes.iterdir(), key=lambda home: home.name not in self._dirty):
-                removed += await asyncio.to_thread(locks.remove, home, before)
+        removed = 0
+        try:
+            homes = self.config.dovecot.homes.iterdir()
+            for home in sorted(homes, key=lambda home: home.name not in self._dirty):
+                # Asked each time: the clock may just be set right.
+                removed += await asyncio.to_thread(locks.remove, home, locks.booted())
+        except OSError as error:
+            notify.log(notify.WARNING, f"locks of before this boot: {error}")
         if removed:
             notify.log(notify.INFO, f"{removed} locks of before this boot removed")
 

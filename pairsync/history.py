@@ -187,7 +187,10 @@ def _put_back(transaction: Iterable[tuple[int, bytes]], began: int) -> set[int]:
     for kind, body in transaction:
         what = kind & _TYPE
         if what == _APPEND:
-            uids.update(uid for uid, _ in _whole(_NEW, body))
+            new = list(_whole(_NEW, body))
+            if kind & _DSYNC or any(flags for _, flags in new):
+                return set()
+            uids.update(uid for uid, _ in new)
         elif what == _INTRO and len(body) >= _INTRODUCED.size:
             size, _ = _INTRODUCED.unpack_from(body)
         elif what == _DATA and size == _MDBOX:

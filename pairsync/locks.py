@@ -29,9 +29,12 @@ def init_began() -> int:
 
 
 def booted() -> float:
-    """When this machine, or container, was started; seconds since 1970."""
-    up = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
-    return time.time() - up + init_began() / os.sysconf("SC_CLK_TCK")
+    """When this machine, or container, was started; seconds since 1970.
+
+    A container's /proc/uptime may be its own, while that of its first process is the kernel's.
+    """
+    kernel = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return kernel + init_began() / os.sysconf("SC_CLK_TCK")
 
 
 def remove(home: Path, before: float) -> int:

@@ -101,10 +101,14 @@ class _MailboxDoor:
     port: int
 
     def login(self, ctx: Context) -> None:
+        """Log in and out. Raises OSError or :class:`Failed`."""
         owner = maildrop.owners(ctx)[0]
         if self.port == imap.IMAPS:
-            with self.door.enter(ctx, owner):
-                return
+            try:
+                with self.door.enter(ctx, owner):
+                    return
+            except imap.Error as error:
+                raise Failed(f"{self}: {error}") from error
         with self.door.filters(ctx, owner):
             return
 
@@ -130,7 +134,7 @@ def _open_or_retry(ctx: Context, door: _MailboxDoor) -> tuple[float, bool]:
         started = time.monotonic()
         try:
             door.login(ctx)
-        except (OSError, imap.Error, Failed) as error:
+        except (OSError, Failed) as error:
             failures.append(str(error))
         slower = max(slower, time.monotonic() - started)
         expect(slower <= PATIENCE, f"{door}: a login took {slower:.1f} s: {failures}")

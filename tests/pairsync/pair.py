@@ -341,14 +341,16 @@ class Server:
         client.login(user, PASSWORD)
         return client
 
-    def deliver(self, user: str, tag: str, size: int = 100) -> None:
-        """One mail by LMTP; it is accepted when this returns."""
+    def deliver(self, user: str, tag: str, size: int = 100) -> float:
+        """One mail by LMTP. Returns when it was accepted, by the monotonic clock."""
         with self.inside():
             client = smtplib.LMTP(_LOOPBACK, 24, timeout=30)
         text = f"From: x@example.org\r\nSubject: {tag}\r\nMessage-ID: <{tag}@x>\r\n\r\n"
         with client:
             refused = client.sendmail("x@example.org", [user], text + "x" * size + "\r\n")
+            accepted = time.monotonic()
         assert not refused
+        return accepted
 
     def cpu_seconds(self) -> float:
         """Of all processes, also of those that ended."""

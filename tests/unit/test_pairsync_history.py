@@ -28,6 +28,7 @@ from pairsync.history import (
 )
 from pairsync.repair import Mailbox, Plan, all_of, listed, plans
 from tests.index_logs import (
+    APPEND,
     BEGAN,
     DATA,
     DONE,
@@ -269,6 +270,11 @@ def test_what_dovecot_put_back_when_it_repaired_a_storage_is_known() -> None:
     copied += record(DATA | DONE, struct.pack("<II", 8, 44))
     assert repaired([log(first, copied, number=3)])[1] == set()
     assert repaired([log(first, boundary() + append(8, H), number=3)])[1] == set()
+    # dsync did, or somebody who had read it.
+    by_dsync = boundary() + append(8, H, DSYNC) + saved(8, BEGAN)
+    assert repaired([log(first, by_dsync, number=3)])[1] == set()
+    read_before = boundary() + record(APPEND | DONE, struct.pack("<IB3x", 8, 8)) + saved(8, BEGAN)
+    assert repaired([log(first, read_before, number=3)])[1] == set()
 
 
 def test_what_dovecot_put_back_goes_if_the_mail_is_in_another_folder() -> None:
