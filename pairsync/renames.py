@@ -130,8 +130,8 @@ class Renames:
             await asyncio.sleep(_PAUSE if look else 0)
             # dsync may be at work: whoever looks into a folder that it is just making keeps it
             # from giving that the GUID that the folder has on the other server.
-            names = await self._names(user, *(() if look else only))
-            _, missing = add(self.known(user), changes, names, seen)
+            names, guids = await self._look(user, *(() if look else only))
+            _, missing = add(self.known(user), changes, names, seen, guids)
             if not missing:
                 break
         origins, gone = follow(changes, seen)
@@ -146,7 +146,7 @@ class Renames:
             if guid not in deleted and await self._is_back(user, guid, names.get(guid, ""), at)
         }
         # What was told meanwhile is not in the state any more.
-        known, _ = add(self.known(user), changes, names, seen)
+        known, _ = add(self.known(user), changes, names, seen, guids)
         known.gone.update(guessed | deleted | back)
         self._remember(user, known)
         for name in concerned:
@@ -238,15 +238,11 @@ class Renames:
         GUID, and gives it another one only when it begins anew. Until then neither Dovecot nor a
         log tells which of the two a mail is in.
         """
-        both = (mine, theirs)
-        left = {name for told in both for name, (guid, _) in told.left.items() if guid}
-        if not left:
+        if not any(guid for told in (mine, theirs) for guid, _ in told.left.values()):
             return
-        given = {name for told in both for name, _ in told.renamed.values()}
-        asked = sorted(left | given)
         # To open a folder is to be in the way of who deletes it, so only those are that seem to be
-        # two of one GUID.
-        listed = await self._listed(user, *asked)
+        # two of one GUID. A user may have renamed either of them since.
+        listed = await self._listed(user)
         if seeming := [name for names in _twins(listed).values() for name in names]:
             statuses = await _limited(user, self._doveadm.statuses(user, *seeming))
             twins = _twins((name, guid) for name, _, guid in statuses)
@@ -256,6 +252,19 @@ class Renames:
                     which = ("-g", secrets.token_hex(16), "--", name)
                     await self._rows(user, 1, "mailbox update", *which)
                     notify.log(notify.INFO, f"{user}: {name} is told from {kept} now")
+                    await self._give_back(user, name, guid, mine, theirs)
+
+    async def _give_back(self, user: str, name: str, guid: str, mine: Told, theirs: Told) -> None:
+        """Give what dsync made of a folder an earlier name of that again, where a user has renamed
+        what he saw under it: he means the folder, which gets the name that he gave.
+        """
+        given, _ = latest(mine, theirs).get(guid, ("", 0.0))
+        if name != given:
+            return
+        left = [(at, old) for t in (mine, theirs) for old, (g, at) in t.left.items() if g == guid]
+        names = {there for there, _ in await self._listed(user)}
+        if free := [old for _, old in sorted(left) if old not in names]:
+            await self._run(user, "mailbox rename", "--", name, free[-1])
 
     async def _renamed_one(
         self, user: str, guid: str, names: Sequence[str], mine: Told, theirs: Told
@@ -265,14 +274,17 @@ class Renames:
         As their logs tell, if they do: what dsync made is younger than the rename.
         """
         both = (mine, theirs)
-        old = []
-        for name in names:
-            left = [told.left[name] for told in both if name in told.left]
-            since = [at for origin, at in left if origin == guid]
-            logs = await self._read_logs(user, guid, name)
+        left = [(n, at) for told in both for n, (origin, at) in told.left.items() if origin == guid]
+        logs = {name: await self._read_logs(user, guid, name) for name in names}
+
+        def is_younger(name: str, renamed: Collection[float]) -> bool:
             # Its log may have begun in the second before, and the hook tells a bit later.
-            if not since or not history.is_made_since(logs, min(since) - _SLACK):
-                old.append(name)
+            return bool(renamed) and history.is_made_since(logs[name], min(renamed) - _SLACK)
+
+        old = [name for name in names if not is_younger(name, [at for n, at in left if n == name])]
+        # A user may have renamed what dsync made.
+        first = [at for _, at in left]
+        old = [name for name in old if not is_younger(name, first)] or old
         given = {told.renamed[guid] for told in both if guid in told.renamed}
         last_given = [n for n, _ in sorted(given, key=lambda named: named[1]) if n in names]
         # dsync leaves the GUID to the last one by its letters.
@@ -595,7 +607,13 @@ class Renames:
 
         ``only``: names that matter; there may be others among the answer.
         """
-        names = {guid: name for name, guid in await self._listed(user, *only)}
+        names, _ = await self._look(user, *only)
+        return names
+
+    async def _look(self, user: str, *only: str) -> tuple[dict[str, str], dict[str, str]]:
+        """The same, and name -> GUID: there may be two of one."""
+        guids = dict(await self._listed(user, *only))
+        names = {guid: name for name, guid in guids.items()}
         known, now = self._seen.get(user, {}), time.time()
         seen = {name: (guid, at) for name, (guid, at) in known.items() if guid not in names}
         if len(seen) > _SEEN and not only:
@@ -604,7 +622,7 @@ class Renames:
             was, at = known.get(name, ("", now))
             seen[name] = (guid, at if was == guid else now)
         self._seen[user] = seen
-        return names
+        return names, guids
 
     async def _listed(self, user: str, *only: str) -> list[tuple[str, str]]:
         """Name and GUID of each folder, as for :meth:`_names`."""

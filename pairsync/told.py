@@ -134,12 +134,14 @@ def add(
     changes: Sequence[Change],
     names: Mapping[str, str],
     seen: Mapping[str, Named] = MappingProxyType({}),
+    guids: Mapping[str, str] | None = None,
 ) -> tuple[Told, bool]:
     """``known`` with ``changes``, and whether folders of which they tell are not there.
 
-    ``names``: GUID -> name now; ``seen``: as for :func:`follow`.
+    ``names``: GUID -> name now; ``guids``: the other way round, where there are two of one GUID;
+    ``seen``: as for :func:`follow`.
     """
-    guids = {name: guid for guid, name in names.items()}
+    guids = {name: guid for guid, name in names.items()} if guids is None else guids
     origins, _ = follow(changes, seen)
     renamed, left, made = dict(known.renamed), dict(known.left), dict(known.made)
     chains: dict[str, list[Change]] = {}

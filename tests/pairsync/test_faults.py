@@ -379,16 +379,17 @@ def test_runs_that_break_off_lose_no_mail(pair: Pair) -> None:
 
 
 @contextmanager
-def not_synchronised(pair: Pair, first: int = 0) -> Iterator[None]:
-    """Both daemons are dead for a while; that of the server with the number ``first`` is back
-    before the other.
+def not_synchronised(pair: Pair, order: Sequence[int] = (0, 1)) -> Iterator[None]:
+    """Daemons are dead for a while, those of the servers with these numbers, and are back in this
+    order.
     """
-    for server in pair.both:
+    servers = [pair.both[number] for number in order]
+    for server in servers:
         server.kill_pairsync()
     try:
         yield
     finally:
-        for server in (pair.both[first], pair.both[1 - first]):
+        for server in servers:
             server.start_pairsync()
 
 
@@ -408,7 +409,7 @@ def test_what_comes_under_a_name_that_dsync_just_gave_back_stays_when_mails_are_
         imap.store("1", "+FLAGS", "(\\Deleted)")
         assert imap.expunge() == ("OK", [b"1"])
     pair.wait_equal([user], 5)
-    with not_synchronised(pair, first), pair.b.imap(user) as imap:
+    with not_synchronised(pair, (first, 1 - first)), pair.b.imap(user) as imap:
         imap.select()
         assert imap.rename(old, new)[0] == "OK"
         status = f"doveadm mailbox status -u {user} guid -- {new}"
@@ -419,6 +420,38 @@ def test_what_comes_under_a_name_that_dsync_just_gave_back_stays_when_mails_are_
     assert_all_there(pair, {user: ["after"]})
     folders = pair.b.contents(user)["folders"]
     assert (len(folders[new]), old in folders) == (1, False)
+
+
+@pytest.mark.parametrize("dead", [(0, 1), (0,)], ids=["both-learned-at-once", "one-by-one"])
+def test_who_renames_what_dsync_just_gave_back_has_the_folder_once(
+    pair: Pair, user: str, dead: Sequence[int]
+) -> None:
+    """He saw it under its earlier name once more. dsync has made it with the folder's GUID."""
+    for tag in ("before", "after"):
+        pair.b.deliver(user, tag)
+    with pair.b.imap(user) as imap:
+        imap.select()
+        assert (imap.create("old")[0], imap.xatom("MOVE", "1", "old")[0]) == ("OK", "OK")
+    made_at = time.time()
+    pair.wait_equal([user], 5)
+    # A folder's log knows in whole seconds when it was begun.
+    wait_for("the folder is older than its rename", lambda: time.time() > made_at + 2.5)
+    news = pair.b.path("/var/lib/pairsync/dirty")
+    with not_synchronised(pair, dead), pair.b.imap(user) as imap:
+        imap.select()
+        assert imap.rename("old", "new")[0] == "OK"
+        if 1 not in dead:
+            wait_for("the rename is learned", lambda: not list(news.glob("!*")))
+        status = f"doveadm mailbox status -u {user} guid new"
+        guid = pair.b.shell(f"{status} | sed 's/.*=//'").strip()
+        pair.b.shell(f"doveadm mailbox create -u {user} old")
+        pair.b.shell(f"doveadm mailbox update -u {user} -g {guid} old")
+        assert imap.rename("old", "newest")[0] == "OK"
+        assert imap.xatom("MOVE", "1", "newest")[0] == "OK"
+    assert_all_there(pair, {user: ["before", "after"]})
+    folders = pair.b.contents(user)["folders"]
+    assert {"old", "new", "newest"} & set(folders) == {"newest"}
+    assert len(folders["newest"]) == 2
 
 
 def test_what_dovecot_puts_back_while_mails_are_compared_goes_again(pair: Pair, user: str) -> None:

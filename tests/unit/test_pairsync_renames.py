@@ -68,6 +68,18 @@ def test_what_is_in_no_list_is_missing_and_what_was_known_is_kept() -> None:
     assert missing
 
 
+def test_of_two_folders_of_one_guid_the_name_that_was_given_last_counts() -> None:
+    """dsync had made the old name again, and a user renamed that too."""
+    changes = [Change("a", "b", 1.0), Change("a", "c", 2.0)]
+    for names in ({"G": "b"}, {"G": "c"}):
+        told, missing = add(NOTHING, changes, names, {"a": ("G", 0.0)}, {"b": "G", "c": "G"})
+        assert (told.renamed, told.left, missing) == (
+            {"G": ("c", 2.0)},
+            {"a": ("G", 2.0)},
+            False,
+        )
+
+
 def test_the_last_name_of_both_servers_counts() -> None:
     one, other = Told({"G": ("b", 1.0), "X": ("y", 1.0)}), Told({"G": ("c", 2.0)})
     assert latest(one, other) == latest(other, one) == {"G": ("c", 2.0), "X": ("y", 1.0)}
@@ -212,8 +224,7 @@ class Dovecot(Doveadm):
         self.did.append(words)
         if words[0] == "mailbox rename":
             (names,) = self.lists
-            guid = next(guid for guid, name in names.items() if name == words[2])
-            names[guid] = words[3]
+            names.update({guid: words[3] for guid, name in names.items() if name == words[2]})
         return Reply("", (), "")
 
 
@@ -770,6 +781,27 @@ def test_of_two_folders_of_one_guid_the_one_that_a_user_renamed_keeps_it(
     asyncio.run(made(tmp_path, dovecot)._part("jane", NOTHING, told))
     (words,) = dovecot.did
     assert words[-1] == {"a": "b", "b": "a"}[kept]
+
+
+@pytest.mark.parametrize("first", ["a", "b"], ids=["by-its-letters", "or-the-other-one"])
+def test_what_dsync_made_and_a_user_renamed_gets_an_earlier_name_again(
+    tmp_path: Path, first: str
+) -> None:
+    """Seen: he saw the folder under that once more. He means the folder, and gets it."""
+    last = {"a": "b", "b": "a"}[first]
+    dovecot = Dovecot({"G": first, OTHER: "old"})
+    dovecot.twins = [(last, "G")]
+    dovecot.inbox = tmp_path / "INBOX"
+    for name, number in ((first, 3), (last, 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / history.LOGS[-1]).write_bytes(log(number=number))
+    left = {"older": ("G", BEGAN - 1.0), "old": ("G", BEGAN + 0.5), "x": (OTHER, BEGAN + 0.9)}
+    told = Told({"G": (last, BEGAN + 1.0)}, left)
+    asyncio.run(made(tmp_path, dovecot)._part("jane", told, NOTHING))
+    update, rename = dovecot.did
+    assert (update[:2], update[-1]) == (("mailbox update", "-g"), last)
+    # Another folder has the last of the names by now.
+    assert rename == ("mailbox rename", "--", last, "older")
 
 
 def test_what_a_user_put_under_an_earlier_name_is_moved_though_the_renamed_folder_has_it(
