@@ -145,10 +145,16 @@ def _repair(log: bytes) -> Repair | None:
 
 def is_made_since(logs: Sequence[bytes], at: float) -> bool:
     """Whether the folder of the logs was made at that time (seconds since 1970) or later."""
+    made = made_at(logs)
+    return made is not None and made >= int(at)
+
+
+def made_at(logs: Sequence[bytes]) -> int | None:
+    """When the folder of the logs was made (seconds since 1970); None: before they begin."""
     if len(logs) != 1 or len(logs[0]) < _NUMBERS.size:
-        return False
+        return None
     number, before, began = _NUMBERS.unpack_from(logs[0])
-    return bool(number <= _FIRST and not before and began >= int(at))
+    return None if number > _FIRST or before else int(began)
 
 
 def disputed(log: bytes, start: int = 0) -> bool:

@@ -26,6 +26,7 @@ from pairsync.state import States
 from pairsync.told import (
     INBOX,
     NOTHING,
+    SEPARATOR,
     Change,
     Named,
     Standing,
@@ -238,53 +239,66 @@ class Renames:
         GUID, and gives it another one only when it begins anew. Until then neither Dovecot nor a
         log tells which of the two a mail is in.
         """
-        if not any(guid for told in (mine, theirs) for guid, _ in told.left.values()):
+        known = {guid for told in (mine, theirs) for guid, _ in told.left.values() if guid}
+        known |= {*mine.renamed, *theirs.renamed}
+        if not known:
             return
         # To open a folder is to be in the way of who deletes it, so only those are that seem to be
         # two of one GUID. A user may have renamed either of them since.
-        listed = await self._listed(user)
-        if seeming := [name for names in _twins(listed).values() for name in names]:
+        twins = _twins(await self._listed(user))
+        if seeming := [name for guid in twins.keys() & known for name in twins[guid]]:
+            mine = await self.learn(user) or mine
             statuses = await _limited(user, self._doveadm.statuses(user, *seeming))
-            twins = _twins((name, guid) for name, _, guid in statuses)
-            for guid, names in twins.items():
+            for guid, names in _twins((name, guid) for name, _, guid in statuses).items():
                 kept = await self._renamed_one(user, guid, names, mine, theirs)
+                given, _ = latest(mine, theirs).get(guid, ("", 0.0))
+                if given in names and given != kept:
+                    # A user has renamed what he saw under an earlier name. He means the folder.
+                    earlier = await self._give_back(user, given, guid, mine, theirs)
+                    names[names.index(given)] = earlier or given
+                    kept = kept if earlier else given
                 for name in sorted({*names} - {kept}):
                     which = ("-g", secrets.token_hex(16), "--", name)
                     await self._rows(user, 1, "mailbox update", *which)
                     notify.log(notify.INFO, f"{user}: {name} is told from {kept} now")
-                    await self._give_back(user, name, guid, mine, theirs)
 
-    async def _give_back(self, user: str, name: str, guid: str, mine: Told, theirs: Told) -> None:
-        """Give what dsync made of a folder an earlier name of that again, where a user has renamed
-        what he saw under it: he means the folder, which gets the name that he gave.
+    async def _give_back(self, user: str, name: str, guid: str, mine: Told, theirs: Told) -> str:
+        """Give what dsync made of a folder an earlier name of that again, so that the folder can
+        have the one that a user gave; returns it, empty where there is none.
         """
-        given, _ = latest(mine, theirs).get(guid, ("", 0.0))
-        if name != given:
-            return
+        listed = {there for there, _ in await self._listed(user)}
+        if any(there.startswith(f"{name}{SEPARATOR}") for there in listed):
+            return ""  # those within it would go with it
+        taken = {*listed, *(wanted for wanted, _ in latest(mine, theirs).values())}
         left = [(at, old) for t in (mine, theirs) for old, (g, at) in t.left.items() if g == guid]
-        names = {there for there, _ in await self._listed(user)}
-        if free := [old for _, old in sorted(left) if old not in names]:
-            await self._run(user, "mailbox rename", "--", name, free[-1])
+        for _, old in sorted(left, reverse=True):
+            of_whom, _ = relics({"": old}, mine, theirs).get(old, ("", 0.0))
+            if old not in taken and of_whom == guid:
+                reply = await self._run(user, "mailbox rename", "--", name, old)
+                if not reply.code:
+                    return old
+        return ""
 
     async def _renamed_one(
         self, user: str, guid: str, names: Sequence[str], mine: Told, theirs: Told
     ) -> str:
         """Which of the folders (their names) of one GUID is none that dsync made.
 
-        As their logs tell, if they do: what dsync made is younger than the rename.
+        As their logs tell, if they do: what dsync made is younger than the other one, and than the
+        rename.
         """
         both = (mine, theirs)
-        left = [(n, at) for told in both for n, (origin, at) in told.left.items() if origin == guid]
         logs = {name: await self._read_logs(user, guid, name) for name in names}
-
-        def is_younger(name: str, renamed: Collection[float]) -> bool:
-            # Its log may have begun in the second before, and the hook tells a bit later.
-            return bool(renamed) and history.is_made_since(logs[name], min(renamed) - _SLACK)
-
-        old = [name for name in names if not is_younger(name, [at for n, at in left if n == name])]
-        # A user may have renamed what dsync made.
-        first = [at for _, at in left]
-        old = [name for name in old if not is_younger(name, first)] or old
+        made_at = {name: history.made_at(logs[name]) or 0 for name in names}
+        old = [name for name in names if made_at[name] == min(made_at.values())]
+        if len(old) == len(names):
+            old = []
+            for name in names:
+                left = [told.left[name] for told in both if name in told.left]
+                since = [at for origin, at in left if origin == guid]
+                # Its log may have begun in the second before, and the hook tells a bit later.
+                if not since or not history.is_made_since(logs[name], min(since) - _SLACK):
+                    old.append(name)
         given = {told.renamed[guid] for told in both if guid in told.renamed}
         last_given = [n for n, _ in sorted(given, key=lambda named: named[1]) if n in names]
         # dsync leaves the GUID to the last one by its letters.

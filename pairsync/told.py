@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 INBOX = "INBOX"
-_SEPARATOR = "/"
+SEPARATOR = "/"
 
 Named = tuple[str, float]
 """A name or a GUID, and a time (seconds since 1970)."""
@@ -231,8 +231,8 @@ def next_rename(names: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[st
 
 def given_at(made: Mapping[str, float], name: str) -> float:
     """When a user gave a folder its name: that folder, or one that it is in was made or renamed."""
-    parts = name.split(_SEPARATOR)
-    return max(made.get(_SEPARATOR.join(parts[:n]), 0.0) for n in range(1, len(parts) + 1))
+    parts = name.split(SEPARATOR)
+    return max(made.get(SEPARATOR.join(parts[:n]), 0.0) for n in range(1, len(parts) + 1))
 
 
 def relics(names: Mapping[str, str], one: Told, other: Told) -> dict[str, Named]:

@@ -18,9 +18,9 @@ def record(kind: int, body: bytes) -> bytes:
     return coded + struct.pack("<I", kind) + body
 
 
-def log(*records: bytes, number: int = 2, before: int = 0) -> bytes:
+def log(*records: bytes, number: int = 2, before: int = 0, began: int = BEGAN) -> bytes:
     """``before``: number of the log that it goes on from."""
-    head = struct.pack("<BBHIIIII16x", 1, 3, 40, 7, number, before, 0, BEGAN)
+    head = struct.pack("<BBHIIIII16x", 1, 3, 40, 7, number, before, 0, began)
     return head + b"".join(records)
 
 

@@ -762,7 +762,8 @@ def test_what_dsync_made_with_the_guid_of_the_renamed_folder_gets_another(tmp_pa
         pytest.param({}, "z", {"a": 2.0}, "b", id="as-dsync-where-nothing-tells"),
         pytest.param({"b": 0}, "z", {"b": 0.9}, "a", id="the-older-one"),
         pytest.param({"b": 0}, "z", {"b": 1.9}, "a", id="its-log-is-stamped-a-second-before"),
-        pytest.param({"b": 0}, "z", {"a": 9.0, "b": 5.0}, "b", id="older-than-the-rename"),
+        pytest.param({"a": 0, "b": 0}, "z", {"a": 0.5, "b": 5.0}, "b", id="older-than-the-rename"),
+        pytest.param({"a": 0, "b": 2}, "z", {"a": 5.0, "b": 1.0}, "a", id="older-than-the-other"),
         pytest.param({"a": 0, "b": 0}, "b", {"a": 0.5, "b": 0.5}, "b", id="both-are-younger"),
     ],
 )
@@ -775,11 +776,13 @@ def test_of_two_folders_of_one_guid_the_one_that_a_user_renamed_keeps_it(
     dovecot.inbox = tmp_path / "INBOX"
     for name in "ab":
         (tmp_path / name).mkdir()
-        (tmp_path / name / history.LOGS[-1]).write_bytes(log(number=2 if name in began else 3))
+        (tmp_path / name / history.LOGS[-1]).write_bytes(
+            log(number=2 if name in began else 3, began=BEGAN + began.get(name, 0))
+        )
     when = {name: ("G", BEGAN + at) for name, at in left.items()}
     told = Told({"G": (renamed, BEGAN + 2.0)}, when)
     asyncio.run(made(tmp_path, dovecot)._part("jane", NOTHING, told))
-    (words,) = dovecot.did
+    *_, words = dovecot.did
     assert words[-1] == {"a": "b", "b": "a"}[kept]
 
 
@@ -798,10 +801,43 @@ def test_what_dsync_made_and_a_user_renamed_gets_an_earlier_name_again(
     left = {"older": ("G", BEGAN - 1.0), "old": ("G", BEGAN + 0.5), "x": (OTHER, BEGAN + 0.9)}
     told = Told({"G": (last, BEGAN + 1.0)}, left)
     asyncio.run(made(tmp_path, dovecot)._part("jane", told, NOTHING))
-    update, rename = dovecot.did
-    assert (update[:2], update[-1]) == (("mailbox update", "-g"), last)
+    rename, update = dovecot.did
     # Another folder has the last of the names by now.
     assert rename == ("mailbox rename", "--", last, "older")
+    assert (update[:2], update[-1]) == (("mailbox update", "-g"), "older")
+
+
+@pytest.mark.parametrize(
+    ("others", "left"),
+    [
+        pytest.param({}, {}, id="no-earlier-name"),
+        pytest.param({OTHER: "old"}, {"old": 0.5}, id="another-folder-has-it"),
+        pytest.param({OTHER: "b/c"}, {"old": 0.5}, id="there-is-a-folder-within-it"),
+    ],
+)
+def test_what_a_user_renamed_keeps_the_name_where_no_earlier_one_is_free(
+    tmp_path: Path, others: dict[str, str], left: dict[str, float]
+) -> None:
+    """The folder is there twice then, as dsync would leave it, but the name is the one he gave."""
+    dovecot = Dovecot({"G": "a", **others})
+    dovecot.twins = [("b", "G")]
+    dovecot.inbox = tmp_path / "INBOX"
+    for name, number in (("a", 3), ("b", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / history.LOGS[-1]).write_bytes(log(number=number))
+    when = {name: ("G", BEGAN + at) for name, at in left.items()}
+    told = Told({"G": ("b", BEGAN + 1.0)}, when)
+    asyncio.run(made(tmp_path, dovecot)._part("jane", told, NOTHING))
+    (update,) = dovecot.did
+    assert (update[:2], update[-1]) == (("mailbox update", "-g"), "a")
+
+
+def test_two_folders_of_which_nobody_told_are_left_to_dsync(tmp_path: Path) -> None:
+    dovecot = Dovecot({"G": "a", OTHER: "c"})
+    dovecot.twins = [("b", "G")]
+    told = Told({OTHER: ("c", 1.0)}, {"old": (OTHER, 1.0)})
+    asyncio.run(made(tmp_path, dovecot)._part("jane", told, NOTHING))
+    assert dovecot.did == []
 
 
 def test_what_a_user_put_under_an_earlier_name_is_moved_though_the_renamed_folder_has_it(
