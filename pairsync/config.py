@@ -73,7 +73,8 @@ class SyncConfig:
     :param debounce: from the last notification to the run; Dovecot notifies of a deleted folder
         7 ms before it is gone
     :param silence: a run in which nothing was sent for so long is ended
-    :param silence_full: the same for a full run, which first reads a whole mailbox
+    :param silence_full: the same for a full run, which first reads a whole mailbox, unless that
+        is known to be small; and for the run after one that was ended
     :param retry_max: longest time until a failed run is tried again
     """
 

@@ -309,31 +309,44 @@ def plans(
 def _needless(
     boxes: Sequence[Mailbox], gone: Mapping[str, Set[Mail]], after: Mapping[str, int]
 ) -> dict[str, set[Mail]]:
-    """Folder -> what Dovecot put back there since the last good run, of mails that are in another
+    """Folder -> what Dovecot put back there since the last good run, or what is there when it
+    repaired the folder and a user took away on the other server, of mails that are in another
     folder as well, where dsync takes them for no deleted ones.
     """
     safe: dict[str, set[str]] = {}
-    if not any(uids for box in boxes for uids in box.restored.values()):
+    doubtful = [uids for box in boxes for of in (box.restored, box.unclear) for uids in of.values()]
+    if not any(doubtful):
         return {folder: set() for folder in gone}
+    again = {
+        folder: (_again(boxes[0], boxes[1], folder), _again(boxes[1], boxes[0], folder))
+        for folder in gone
+    }
     for folder in gone:
         known = [box.here(folder) - gone[folder] for box in boxes]
-        for box, here in zip(boxes, known, strict=True):
+        for needless, here in zip(again[folder], known, strict=True):
             both = known[0] & known[1]
-            again = box.restored.get(folder, ())
             for mail in here:
-                if mail[0] not in again and (mail in both or mail[0] > after.get(folder, 0)):
+                if mail[0] not in needless and (mail in both or mail[0] > after.get(folder, 0)):
                     safe.setdefault(mail[1], set()).add(folder)
     return {
         folder: {
             (uid, guid)
-            for box in boxes
+            for box, needless in zip(boxes, again[folder], strict=True)
             for uid, guid in box.here(folder) - gone[folder]
-            if uid in box.restored.get(folder, ())
-            and uid > after.get(folder, 0)
-            and safe.get(guid, set()) - {folder}
+            if uid in needless and uid > after.get(folder, 0) and safe.get(guid, set()) - {folder}
         }
         for folder in gone
     }
+
+
+def _again(here: Mailbox, there: Mailbox, folder: str) -> set[int]:
+    """UIDs of mails of a folder that are here because Dovecot put them back, or of which its repair
+    has forgotten how they came here while a user took them away there.
+    """
+    taken = {life.guid for life in there.histories.get(folder, ()) if life.taken}
+    lives, unclear = here.histories.get(folder, ()), here.unclear.get(folder, ())
+    forgotten = {life.uid for life in lives if life.uid in unclear and life.guid in taken}
+    return {*here.restored.get(folder, ()), *forgotten}
 
 
 def _surplus(

@@ -26,6 +26,8 @@ _TURN_SECONDS = 2.0
 _REPAIR_SECONDS = 60.0
 _SLACK_SECONDS = 2
 _LARGE = 1 << 20
+_LINE = 100
+"""Bytes, about, in which dsync lists a mail."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,10 @@ class Runner:
         self._rests = rests
         self._changes = changes
         self._large: set[str] = set()
+        self._listed: dict[str, int] = {}
+        """User -> bytes, about, of a full run in which little is new."""
+        self._slow: set[str] = set()
+        """Whose last run was ended for its silence: the next may have longer."""
         """Users whose last full run moved much, and no other has succeeded since."""
         self._compared: set[str] = set()
         """Users with a run that compared mails, for one had broken off."""
@@ -189,10 +195,8 @@ class Runner:
             return Outcome.BUSY, ""
         try:
             deleted = dict(self._states.of(job.user).deleted)
-            sync, state = self._config.sync, "" if job.full else self._states.of(job.user).sync
-            # What follows a full run lists every mail once more.
-            brief = state and job.user not in self._large
-            seconds = sync.silence if brief else sync.silence_full
+            state = "" if job.full else self._states.of(job.user).sync
+            seconds = self._silence(job.user, full=not state)
             broken = job.user in self._suspects
             disputed = job.user in self._burials.disputed
             suspect = broken or disputed or job.user in self._settling
@@ -212,7 +216,7 @@ class Runner:
                     gone |= more
                     if broken or grant.broken:
                         self._compared.add(job.user)
-                    state, seconds = "", sync.silence_full
+                    state, seconds = "", self._silence(job.user, full=True)
                 if self._rests(job.user):
                     return Outcome.BUSY, ""
                 if not await self._renames.attest(job.user, gone, theirs, grant.standing):
@@ -229,6 +233,7 @@ class Runner:
                 with contextlib.suppress(DovecotError):
                     await self._renames.ended(job.user, told, grant.told)
                 if reply is None:
+                    self._slow.add(job.user)
                     seconds = patience(seconds, traffic.size)
                     return Outcome.STALLED, f"nothing moved for {seconds:.0f} s"
                 await self._burials.end(job.user, began, changed=self._changes(job.user))
@@ -271,7 +276,9 @@ class Runner:
         state = self._states.of(job.user)
         state.sync = reply.values[0]
         self._large.discard(job.user)
+        self._slow.discard(job.user)
         if not began_with:
+            self._listed[job.user] = traffic.size
             state.full_at = time.time()
             if traffic.size > _LARGE:
                 self._large.add(job.user)
@@ -280,6 +287,13 @@ class Runner:
                 del state.deleted[name]
         self._states.save(job.user, sync=bool(deleted))
         return Outcome.OK, ""
+
+    def _silence(self, user: str, *, full: bool) -> float:
+        """For how many seconds a run may be silent: for long where much is to be read."""
+        # What follows a full run lists every mail once more.
+        much = self._listed.get(user, _LARGE + 1) > _LARGE if full else user in self._large
+        limits = self._config.sync
+        return limits.silence_full if much or user in self._slow else limits.silence
 
     async def _repair(self, user: str, grant: Grant, *, broken: bool) -> tuple[set[str], Told]:
         """It takes a while. Returns the folders (their GUIDs) of which the other server knows by
@@ -290,6 +304,8 @@ class Runner:
         after = repair.latest(repair.common(self._states.of(user).sync), grant.repair or {})
         await send(grant.link.writer, {"after": after})
         mine = await repair.look(self._doveadm, self._states, user)
+        there = sum(life.is_there for lives in mine.histories.values() for life in lives)
+        self._listed[user] = there * _LINE
         said = await receive(grant.link.reader, _REPAIR_SECONDS)
         # All of this may be about a hundred thousand mails: the heartbeats go on meanwhile.
         moot = await asyncio.to_thread(lambda: repair.all_of(mine.moot(after), dict(said["moot"])))

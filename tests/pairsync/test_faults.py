@@ -15,6 +15,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -200,6 +201,28 @@ def test_a_run_that_stalls_holds_nobody_else_up(pair: Pair) -> None:
         pair.wait_equal(others, 5)
     pair.wait_equal([stuck], HEALED)
     wait_for("no more failing", lambda: not pair.a.status()["failing"])
+
+
+def test_a_full_run_that_stalls_ends_soon_where_there_is_little_to_read(
+    pair: Pair, user: str
+) -> None:
+    pair.a.deliver(user, f"{user}-0")
+    pair.wait_equal([user], 5)
+    assert pair.a.run("pairsync", "sync", user).startswith(f"{user}: ok, ")
+    before = pair.a.status()["runs"]["stalled"]
+    stopped = _processes(pair.b, "doveadm-server")
+    with ThreadPoolExecutor(1) as pool:
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            asked = pool.submit(pair.a.run, "pairsync", "sync", user, check=False)
+            wait_for("it ends", lambda: pair.a.status()["runs"]["stalled"] > before, HEALED)
+            assert "stalled" in asked.result()
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+    pair.a.deliver(user, f"{user}-1")
+    assert_all_there(pair, {user: [f"{user}-0", f"{user}-1"]})
 
 
 @contextmanager

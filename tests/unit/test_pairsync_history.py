@@ -310,6 +310,22 @@ def test_what_dovecot_put_back_stays_where_the_mail_may_be_nowhere_else() -> Non
     assert whole.moot({"i": 9, "x": 2}) == {"i": {G}, "x": {G}}
 
 
+def test_what_a_user_moved_goes_where_a_repair_has_forgotten_that_dsync_had_made_it() -> None:
+    """Seen: dsync had given it another UID, a user moved it on the other server, and this one lost
+    its power before it knew.
+    """
+    moved = {"i": [Life(7, G, by_dsync=True, before=(6,), taken=True)], "x": [there(8, G)]}
+    theirs = Mailbox({"i": [there(9, G)], "x": []}, unclear={"i": {9}})
+    told = Mailbox.of(over_the_link(theirs.document()))
+    for plan in (*plans(Mailbox(moved), theirs), *plans(Mailbox(moved), told)):
+        assert plan.doubles == {"i": [(9, G)]}
+    # Nobody took it away, or it is nowhere else, or both had it at the last good run.
+    left = {"i": [Life(7, G, by_dsync=True)], "x": [there(8, G)]}
+    assert plans(Mailbox(left), theirs)[0].doubles == {}
+    assert plans(Mailbox({**moved, "x": []}), theirs)[0].doubles == {}
+    assert plans(Mailbox(moved), theirs, {"i": 9})[0].doubles == {}
+
+
 def test_of_a_mail_that_both_servers_put_back_in_different_folders_one_stays() -> None:
     mine = Mailbox({"i": [there(9, G)], "x": []}, restored={"i": {9}})
     theirs = Mailbox({"i": [], "x": [there(3, G)]}, restored={"x": {3}})
