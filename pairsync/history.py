@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,25 +90,29 @@ def appends(logs: Sequence[bytes]) -> set[int]:
     }
 
 
-def repaired(logs: Sequence[bytes]) -> tuple[set[int], set[int]]:
+def repaired(logs: Sequence[bytes], others: Container[int] = ()) -> tuple[set[int], set[int]]:
     """What tells of Dovecot's last repairs of a folder, where it begins the log anew: UIDs of mails
     that were there, put there by nobody knows whom; and of mails that Dovecot put back and are
     still there, for it found them in the storage and in no folder (mdbox-storage-rebuild.c).
+
+    ``others``: when repairs of other folders of the user began. In such a second it makes a folder
+    in which a mail was first, and which has another name now.
     """
     unclear: set[int] = set()
     restored: set[int] = set()
     for log in logs:
         repair = _repair(log)
-        if repair is None:
+        began = made_at([log]) if repair is None else repair.began
+        if began is None or (repair is None and began not in others):
             continue
         transactions = _transactions(log)
-        for kind, body in next(transactions, ()):
+        for kind, body in next(transactions, ()) if repair else ():
             if kind & _TYPE == _APPEND:
                 unclear.update(uid for uid, _ in _whole(_NEW, body))
         for transaction in transactions:
             if all(kind & _TYPE != _APPEND for kind, _ in transaction):
                 continue
-            uids = _put_back(transaction, repair.began)
+            uids = _put_back(transaction, began)
             if not uids:
                 break
             restored |= uids

@@ -429,7 +429,7 @@ async def _look(doveadm: Doveadm, states: States, user: str) -> Mailbox:
     repairs: dict[Path, Set[Repair]] = {}
     for _ in range(_LOOKS):
         paths = await _paths(doveadm, user, unread)
-        found = await asyncio.to_thread(_histories, rows, paths, doubles, renumbered)
+        found = await asyncio.to_thread(_histories, rows, paths, doubles, renumbered, repairs)
         for folder, (histories[folder], repaired, repairs[paths[folder]]) in found.items():
             unclear[folder], restored[folder] = repaired
         now = await doveadm.folders(user)
@@ -456,8 +456,11 @@ def _histories(
     paths: Mapping[str, Path],
     doubles: Mapping[str, Set[Mail]],
     renumbered: Mapping[str, Set[Mail]],
+    repairs: Mapping[Path, Set[Repair]],
 ) -> dict[str, _Found]:
-    """Folder (its GUID) -> what its logs tell."""
+    """Folder (its GUID) -> what its logs tell; ``repairs`` are those of other folders."""
+    heads = [history.repairs(history.logs_of(path, history.HEAD)) for path in paths.values()]
+    began = {repair.began for some in (*heads, *repairs.values()) for repair in some}
     present: dict[str, list[Mail]] = {}
     for folder, uid, guid in rows:
         present.setdefault(folder, []).append((int(uid), guid))
@@ -467,7 +470,7 @@ def _histories(
         lives = history.read(logs, present.get(folder, ()))
         lives = history.linked(lives, renumbered.get(folder, set()))
         lives = history.spared(lives, doubles.get(folder, set()))
-        found[folder] = (lives, history.repaired(logs), history.repairs(logs))
+        found[folder] = (lives, history.repaired(logs, began), history.repairs(logs))
     return found
 
 

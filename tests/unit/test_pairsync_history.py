@@ -264,6 +264,11 @@ def test_what_dovecot_put_back_when_it_repaired_a_storage_is_known() -> None:
     counted = boundary() + record(INTRO | DONE, struct.pack("<IIIHHHH", 7, 0, 16, 0, 8, 0, 0))
     between = (counted, again[0] + done(7, H), counted, again[1])
     assert repaired([log(first, *between, number=3)]) == ({3, 7}, {8, 9})
+    # The folder that it was in has another name by now: Dovecot makes one, in a repair of others.
+    new = log(boundary(), *again)
+    assert repaired([new], {BEGAN}) == (set(), {8, 9})
+    assert repaired([new], {BEGAN - 1}) == repaired([new]) == (set(), set())
+    assert repaired([log(first, *again)], {BEGAN}) == (set(), set())
     # Somebody saved it later, or copied it with what is known of it.
     assert repaired([log(first, put_back(8, H, BEGAN + 1), again[1], number=3)])[1] == set()
     copied = again[0] + record(INTRO | DONE, struct.pack("<IIIHHHH", 3, 0, 0, 4, 4, 1, 0))
