@@ -147,6 +147,11 @@ class Doveadm:
         rows = await self.rows(user, 3, "mailbox status", "--", *which)
         return [(name, int(uid), folder) for name, uid, folder in rows]
 
+    async def messages(self, user: str) -> int:
+        """How many mails there are, as far as the index tells. Raises :class:`DovecotError`."""
+        rows = await self.rows(user, 2, "mailbox status", "--", "messages", "*")
+        return sum(int(count) for _, count in rows)
+
     async def index(self, user: str, name: str, folder: str = "") -> Path:
         """Where the index of a folder is, with its logs. Raises :class:`DovecotError`.
 

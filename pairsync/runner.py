@@ -196,7 +196,7 @@ class Runner:
         try:
             deleted = dict(self._states.of(job.user).deleted)
             state = "" if job.full else self._states.of(job.user).sync
-            seconds = self._silence(job.user, full=not state)
+            seconds = await self._silence(job.user, full=not state)
             broken = job.user in self._suspects
             disputed = job.user in self._burials.disputed
             suspect = broken or disputed or job.user in self._settling
@@ -216,7 +216,7 @@ class Runner:
                     gone |= more
                     if broken or grant.broken:
                         self._compared.add(job.user)
-                    state, seconds = "", self._silence(job.user, full=True)
+                    state, seconds = "", await self._silence(job.user, full=True)
                 if self._rests(job.user):
                     return Outcome.BUSY, ""
                 if not await self._renames.attest(job.user, gone, theirs, grant.standing):
@@ -288,11 +288,15 @@ class Runner:
         self._states.save(job.user, sync=bool(deleted))
         return Outcome.OK, ""
 
-    def _silence(self, user: str, *, full: bool) -> float:
+    async def _silence(self, user: str, *, full: bool) -> float:
         """For how many seconds a run may be silent: for long where much is to be read."""
+        limits = self._config.sync
+        if full and user not in self._listed:
+            with contextlib.suppress(DovecotError, TimeoutError):
+                async with asyncio.timeout(limits.silence):
+                    self._listed[user] = await self._doveadm.messages(user) * _LINE
         # What follows a full run lists every mail once more.
         much = self._listed.get(user, _LARGE + 1) > _LARGE if full else user in self._large
-        limits = self._config.sync
         return limits.silence_full if much or user in self._slow else limits.silence
 
     async def _repair(self, user: str, grant: Grant, *, broken: bool) -> tuple[set[str], Told]:
