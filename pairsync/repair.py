@@ -317,13 +317,17 @@ def _needless(
     doubtful = [uids for box in boxes for of in (box.restored, box.unclear) for uids in of.values()]
     if not any(doubtful):
         return {folder: set() for folder in gone}
+    one, other = boxes
     again = {
-        folder: (_again(boxes[0], boxes[1], folder), _again(boxes[1], boxes[0], folder))
+        folder: (_again(one, other, folder, newest), _again(other, one, folder, newest))
         for folder in gone
+        for newest in (after.get(folder, 0),)
     }
     for folder in gone:
         known = [box.here(folder) - gone[folder] for box in boxes]
-        for needless, here in zip(again[folder], known, strict=True):
+        # What goes from one server goes from both.
+        needless = set().union(*again[folder])
+        for here in known:
             both = known[0] & known[1]
             for mail in here:
                 if mail[0] not in needless and (mail in both or mail[0] > after.get(folder, 0)):
@@ -339,11 +343,14 @@ def _needless(
     }
 
 
-def _again(here: Mailbox, there: Mailbox, folder: str) -> set[int]:
+def _again(here: Mailbox, there: Mailbox, folder: str, newest: int) -> set[int]:
     """UIDs of mails of a folder that are here because Dovecot put them back, or of which its repair
-    has forgotten how they came here while a user took them away there.
+    has forgotten how they came here while a user took them away there, for good and since both had
+    the same up to ``newest``.
     """
-    taken = {life.guid for life in there.histories.get(folder, ()) if life.taken}
+    lives = there.histories.get(folder, ())
+    taken = {life.guid for life in lives if life.taken and life.uid > newest}
+    taken -= there.by_users(folder)
     lives, unclear = here.histories.get(folder, ()), here.unclear.get(folder, ())
     forgotten = {life.uid for life in lives if life.uid in unclear and life.guid in taken}
     return {*here.restored.get(folder, ()), *forgotten}

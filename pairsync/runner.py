@@ -276,12 +276,13 @@ class Runner:
         state = self._states.of(job.user)
         state.sync = reply.values[0]
         self._large.discard(job.user)
-        self._slow.discard(job.user)
         if not began_with:
-            self._listed[job.user] = traffic.size
             state.full_at = time.time()
             if traffic.size > _LARGE:
                 self._large.add(job.user)
+            # Who was too slow for the short silence keeps the long one.
+            self._listed[job.user] = _LARGE + 1 if job.user in self._slow else traffic.size
+        self._slow.discard(job.user)
         for name, version in deleted.items():
             if state.deleted.get(name) == version:
                 del state.deleted[name]
@@ -308,9 +309,10 @@ class Runner:
         after = repair.latest(repair.common(self._states.of(user).sync), grant.repair or {})
         await send(grant.link.writer, {"after": after})
         mine = await repair.look(self._doveadm, self._states, user)
-        there = sum(life.is_there for lives in mine.histories.values() for life in lives)
-        self._listed[user] = there * _LINE
         said = await receive(grant.link.reader, _REPAIR_SECONDS)
+        here = sum(life.is_there for lives in mine.histories.values() for life in lives)
+        there = sum(map(len, said["moot"].values()))
+        self._listed[user] = max(here, there) * _LINE
         # All of this may be about a hundred thousand mails: the heartbeats go on meanwhile.
         moot = await asyncio.to_thread(lambda: repair.all_of(mine.moot(after), dict(said["moot"])))
         await send(grant.link.writer, {"moot": await asyncio.to_thread(repair.listed, moot)})
