@@ -186,6 +186,7 @@ def test_a_folder_that_was_made_as_the_plug_was_pulled_keeps_nobody_waiting(
     assert time.monotonic() - began < HEALED
     pair.wait_equal([user])
     assert [message for *_, message in pair.a.contents(user)["folders"]["Brief"]] == ["<kept@x>"]
+    pair.wait_up()
 
 
 def test_a_run_that_stalls_holds_nobody_else_up(pair: Pair) -> None:
