@@ -466,18 +466,18 @@ def _histories(
     repairs: Mapping[Path, Set[Repair]],
 ) -> dict[str, _Found]:
     """Folder (its GUID) -> what its logs tell; ``repairs`` are those of other folders."""
-    heads = [history.repairs(history.logs_of(path, history.HEAD)) for path in paths.values()]
-    began = {repair.began for some in (*heads, *repairs.values()) for repair in some}
+    logs_of = {folder: history.logs_of(path) for folder, path in paths.items()}
+    repairs_of = {folder: history.repairs(logs) for folder, logs in logs_of.items()}
+    began = {r.began for some in (*repairs_of.values(), *repairs.values()) for r in some}
     present: dict[str, list[Mail]] = {}
     for folder, uid, guid in rows:
         present.setdefault(folder, []).append((int(uid), guid))
     found: dict[str, _Found] = {}
-    for folder, path in paths.items():
-        logs = history.logs_of(path)
+    for folder, logs in logs_of.items():
         lives = history.read(logs, present.get(folder, ()))
         lives = history.linked(lives, renumbered.get(folder, set()))
         lives = history.spared(lives, doubles.get(folder, set()))
-        found[folder] = (lives, history.repaired(logs, began), history.repairs(logs))
+        found[folder] = (lives, history.repaired(logs, began), repairs_of[folder])
     return found
 
 

@@ -144,11 +144,11 @@ class Runner:
         self._rests = rests
         self._changes = changes
         self._large: set[str] = set()
+        """Users whose last full run moved much, and no other has succeeded since."""
         self._listed: dict[str, int] = {}
         """User -> bytes, about, of a full run in which little is new."""
         self._slow: set[str] = set()
         """Whose last run was ended for its silence: the next may have longer."""
-        """Users whose last full run moved much, and no other has succeeded since."""
         self._compared: set[str] = set()
         """Users with a run that compared mails, for one had broken off."""
         self.renumbered = 0

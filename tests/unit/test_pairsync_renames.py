@@ -224,6 +224,7 @@ class Dovecot(Doveadm):
         self.did.append(words)
         if words[0] == "mailbox rename":
             (names,) = self.lists
+            assert words[2] in {*names.values(), *dict(self.twins)}
             names.update({guid: words[3] for guid, name in names.items() if name == words[2]})
         return Reply("", (), "")
 
@@ -782,7 +783,7 @@ def test_of_two_folders_of_one_guid_the_one_that_a_user_renamed_keeps_it(
     when = {name: ("G", BEGAN + at) for name, at in left.items()}
     told = Told({"G": (renamed, BEGAN + 2.0)}, when)
     asyncio.run(made(tmp_path, dovecot)._part("jane", NOTHING, told))
-    *_, words = dovecot.did
+    (words,) = dovecot.did
     assert words[-1] == {"a": "b", "b": "a"}[kept]
 
 
